@@ -1,0 +1,133 @@
+"""Every knob: its name with unit, its default, and why. Used as the flow's parameters and by the command line."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Settings(BaseModel):
+    """A group of knobs: an unknown name is an error, never ignored."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SourceSettings(Settings):
+    """Where the documents are."""
+
+    uri: str = Field(description="A file, a folder, a glob, or an fsspec URL (s3://..., memory://...).")
+    formats: tuple[str, ...] = Field(
+        default=("md", "txt", "html", "pdf", "docx", "csv", "jsonl", "parquet"),
+        description="File formats to read, by extension; others are reported as skipped.",
+    )
+    id_field: str = Field("id", description="Column or key that holds a row's id in csv, jsonl and parquet.")
+    text_fields: tuple[str, ...] = Field(
+        ("text",), description="Columns or keys whose values, joined by a blank line, are a row's text in csv, jsonl and parquet."
+    )
+    metadata_fields: tuple[str, ...] | None = Field(
+        None, description="Columns or keys kept as metadata in csv, jsonl and parquet; unset keeps all the others."
+    )
+    encoding: str = Field("utf-8", description="Encoding of text files without a byte order mark.")
+    max_file_bytes: ByteSize = Field(
+        ByteSize(512 * 1024**2), description="A larger md, txt, html, pdf or docx file is reported as failed: it is read whole."
+    )
+
+
+class ChunkingSettings(Settings):
+    """How documents become nodes. Every knob here is part of the fingerprint."""
+
+    splitter: Literal["auto", "sentence", "markdown"] = Field(
+        "auto", description="auto: Markdown-aware for Markdown, by sentences for the rest."
+    )
+    max_tokens: Positive | None = Field(
+        None, description="Tokens of a node, prompt, embedded metadata and special tokens included; unset: the smaller of 512 and the model's limit."
+    )
+    overlap_tokens: Annotated[int, Field(ge=0)] = Field(32, description="Tokens that a node repeats of the one before it.")
+    embedded_metadata_keys: tuple[str, ...] = Field(
+        ("title", "header_path"), description="Metadata that is embedded with the text; all other metadata is only stored."
+    )
+    workers: Annotated[int, Field(ge=0)] = Field(
+        0, description="Processes that chunk; 0: one a CPU core less one, at most 8. 3-5 CPU seconds for 1.5 MB starve a fast GPU."
+    )
+
+
+class EmbeddingSettings(Settings):
+    """The model and the device."""
+
+    model: str = Field("BAAI/bge-m3", description="A model id on the hub, or a folder with a SentenceTransformer.")
+    revision: str | None = Field(None, description="The hub's commit, branch or tag; unset: the default branch.")
+    device: str = Field("auto", description="auto, cuda:N or cpu; auto is the first CUDA device, else the CPU pool.")
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = Field(
+        "auto", description="auto: fp16 on CUDA, fp32 on the CPU (their vectors agree, cosine >= 0.999)."
+    )
+    spill_to_cpu: bool = Field(True, description="What the GPU can't place goes to the CPU pool; off: such nodes fail.")
+    cpu_workers: Annotated[int, Field(ge=0)] = Field(0, description="Processes of the CPU pool; 0: one for each 4 cores.")
+    calibrate: bool = Field(True, description="Probe an unknown device for some seconds before the first partition.")
+    batch_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        600.0, description="A micro-batch that takes longer is a hung device: its process is replaced."
+    )
+
+
+class BudgetSettings(Settings):
+    """How much device memory a micro-batch may take."""
+
+    fraction: Fraction = Field(
+        1.0, description="Share of the device this process may use in all; enforced by PyTorch's allocator on CUDA."
+    )
+    margin_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.06, description="Head-room kept of what is available: fragmentation, and a neighbour's small moves."
+    )
+    max_bytes: ByteSize | None = Field(None, description="Never plan a micro-batch above this; unset: what the device has.")
+    grow_after: Positive = Field(8, description="Micro-batches without trouble before the budget grows back a step.")
+    max_micro_batch_tokens: Positive | None = Field(
+        None, description="Tokens of a micro-batch at most; unset: 32768 on CUDA, 4096 on a CPU, above which nothing gets faster."
+    )
+
+
+class PartitionSettings(Settings):
+    """The unit of scheduling, retry and durability."""
+
+    max_nodes: Positive = Field(8192, description="Nodes of a partition at most.")
+    max_tokens: Positive | None = Field(
+        None, description="Tokens of a partition at most; unset: what the device embeds in target_s, measured."
+    )
+    target_s: Annotated[float, Field(gt=0)] = Field(
+        20.0, description="Work a partition should hold: below 5 s orchestration shows, above a minute a retry costs too much."
+    )
+    max_host_bytes: ByteSize = Field(ByteSize(512 * 1024**2), description="Host memory a partition may take while it is built.")
+
+
+class QdrantSettings(Settings):
+    """Where the points go. The API key comes from QDRANT_API_KEY only, never from a parameter."""
+
+    url: str | None = Field(None, description="A Qdrant server; unset: QDRANT_URL, else an embedded Qdrant in the data folder.")
+    collection: str = Field("documents", description="Collection name; it becomes an alias of the physical collection.")
+    batch_points: Annotated[int, Field(gt=0, le=4096)] = Field(256, description="Points of one upsert at most.")
+    batch_bytes: ByteSize = Field(ByteSize(8 * 1024**2), description="Bytes of one upsert at most; Qdrant refuses 32 MiB.")
+    timeout_s: Positive = Field(60, description="One request; the client's default of 5 s fails under load.")
+    allow_plain_http: bool = Field(False, description="Send an API key over plain http to another host. Refused unless set.")
+
+
+class IngestSettings(Settings):
+    """One ingest run."""
+
+    source: SourceSettings
+    chunking: ChunkingSettings = ChunkingSettings()
+    embedding: EmbeddingSettings = EmbeddingSettings()
+    budget: BudgetSettings = BudgetSettings()
+    partition: PartitionSettings = PartitionSettings()
+    qdrant: QdrantSettings = QdrantSettings()
+    data_folder: str = Field(".ballast", description="Embedded Qdrant, spool, fitted memory models and the embedded Prefect API's database.")
+    spool: str | None = Field(None, description="Working folder for partitions and vectors; unset: `spool` in the data folder.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _source_from_uri(cls, values: Any) -> Any:
+        # `source: docs/` is short for `source: {uri: docs/}`: what a webhook or a hurried user writes.
+        if isinstance(values, dict) and isinstance(values.get("source"), str):
+            return {**values, "source": {"uri": values["source"]}}
+        return values

@@ -1,0 +1,285 @@
+"""The data model: what moves between the stages. Frozen and slotted; arrays are numpy; sizes are bytes, times seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+TokenIds = NDArray[np.int32]
+"""One node's token ids, special tokens and prompt included; shape (tokens,)."""
+
+Vectors = NDArray[np.float32]
+"""L2-normalised embeddings, one row a node; shape (nodes, dimension)."""
+
+Payload = dict[str, Any]
+"""JSON-ready; LlamaIndex's node payload plus doc_id and generation."""
+
+
+# ---------------------------------------------------------------------------------------------- documents and nodes
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One unit of the source. `doc_id` is stable: path or URI relative to the source, `file#id` for a row of a table."""
+
+    doc_id: str
+    text: str
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    format: Literal["text", "markdown"] = "text"
+    source_bytes: int = 0  # how much of the source this document took: drives the progress bar
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """A document that did not make it, for the dead-letter list. `failed` ends a run red; `skipped` (nothing in it) does not."""
+
+    doc_id: str
+    status: Literal["failed", "skipped"]
+    stage: Literal["read", "chunk", "embed", "upsert"]
+    reason: str
+    source_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One chunk, ready to embed and to store: `node_id` is the Qdrant point id."""
+
+    node_id: str
+    doc_id: str
+    generation: str
+    token_ids: TokenIds
+    payload: Payload
+
+    @property
+    def tokens(self) -> int:
+        return int(self.token_ids.shape[0])
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkedDocument:
+    """A document's nodes in document order; never empty (a document without text is a Rejection)."""
+
+    doc_id: str
+    generation: str
+    nodes: tuple[Node, ...]
+    source_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """A spooled file of nodes, sorted by token count, longest first: the unit of scheduling, retry and durability."""
+
+    index: int
+    path: str
+    nodes: int
+    tokens: int
+    longest_tokens: int
+    source_fraction: float  # how much of the source is in this partition and those before it, 0..1
+
+
+# ---------------------------------------------------------------------------------------------- model and device
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What the closed-form memory prior needs to know of a transformer encoder."""
+
+    layers: int
+    hidden: int
+    heads: int
+    intermediate: int
+    vocabulary: int
+    max_tokens: int
+
+    @property
+    def parameters(self) -> int:
+        """Weights without the pooler: token and position tables, then per layer 4 h^2 attention and 2 h i feed-forward."""
+        tables = (self.vocabulary + self.max_tokens) * self.hidden
+        layer = 4 * self.hidden * self.hidden + 2 * self.hidden * self.intermediate + 9 * self.hidden + self.intermediate
+        return tables + self.layers * layer
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """A model on disk: `revision` is the hub's commit, or a hash of the files' contents for a plain folder."""
+
+    name: str
+    path: str
+    revision: str
+    shape: ModelShape
+    dimension: int
+    max_tokens: int  # the limit of one sequence, special tokens included
+    pooling: str  # e.g. "cls", "mean": part of the fingerprint
+    document_prompt: str = ""
+    query_prompt: str = ""
+
+
+Precision = Literal["fp32", "fp16", "bf16"]
+Attention = Literal["sdpa", "math", "flash_attention_2", "eager"]
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryKey:
+    """What a fitted memory model depends on; a fit is never used under another key."""
+
+    model_revision: str
+    precision: str
+    attention: str
+    torch_version: str
+    device_name: str
+    device_total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderInfo:
+    """What an encoder says of itself once its model is loaded."""
+
+    key: MemoryKey
+    device: str  # "cuda:0", "cpu"
+    dimension: int
+    max_tokens: int
+    shape: ModelShape
+    weights_bytes: int
+    kernel_masked: Attention  # which attention a padded batch gets: "math" materialises heads x s x s scores
+    kernel_unmasked: Attention
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """One reading. `limit_bytes`: what this process may take in all (a cap, a cgroup, an rlimit), total if nothing caps it."""
+
+    total_bytes: int
+    free_bytes: int
+    limit_bytes: int
+    reserved_bytes: int = 0  # held by this process's allocator
+    allocated_bytes: int = 0  # of it, in use by tensors, weights included
+
+
+@dataclass(frozen=True, slots=True)
+class MemorySample:
+    """What a probe or a micro-batch of `nodes` x `padded_tokens` really took on top of the weights."""
+
+    nodes: int
+    padded_tokens: int
+    masked: bool
+    peak_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryReading:
+    """One row of the NVML sampler's series."""
+
+    seconds: float  # since the sampler started
+    device_uuid: str
+    used_bytes: int
+    free_bytes: int
+    total_bytes: int
+    process_bytes: int | None  # by this process and its children; None where the driver does not say
+
+
+# ---------------------------------------------------------------------------------------------- embedding
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Rows of a partition that go through the model together; `rows` index the partition's nodes."""
+
+    rows: NDArray[np.int64]
+    padded_tokens: int  # the longest row's tokens: every row is padded to it
+    masked: bool  # False where all rows are equally long: no padding, no attention mask
+    predicted_bytes: int
+
+    @property
+    def nodes(self) -> int:
+        return int(self.rows.shape[0])
+
+
+@dataclass(frozen=True, slots=True)
+class BatchOutcome:
+    """What came of one micro-batch. Failures are returned, not raised: a raised one would pin the failed frame's tensors.
+
+    done: `vectors` has a row a node; rows in `bad_rows` were not finite or not unit length even in fp32.
+    oom: out of memory, shrink and go on. ambiguous: one retry after a clean-up, then a new process.
+    sticky: the process is lost (illegal access, device-side assert, killed); only a new one helps.
+    """
+
+    kind: Literal["done", "oom", "ambiguous", "sticky"]
+    vectors: Vectors | None = None
+    bad_rows: tuple[int, ...] = ()
+    redone_fp32: int = 0
+    seconds: float = 0.0
+    peak_bytes: int | None = None  # on top of the weights; None where the device does not tell (CPU)
+    reserved_peak_bytes: int | None = None
+    message: str = ""
+
+
+StepKind = Literal["oom", "shrink", "grow", "spill", "restart", "exhausted", "redo_fp32"]
+
+
+@dataclass(frozen=True, slots=True)
+class LadderStep:
+    """One visible step of the ladder: what happened, from what batch to what, and what the memory looked like."""
+
+    kind: StepKind
+    reason: str
+    nodes_before: int
+    nodes_after: int
+    padded_tokens: int
+    budget_before_bytes: int
+    budget_after_bytes: int
+    free_bytes: int
+    at_s: float = 0.0  # since the partition started
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionReport:
+    """What became of one partition: closes as nodes == gpu + cpu + failed."""
+
+    index: int
+    nodes: int
+    tokens: int
+    gpu_nodes: int
+    cpu_nodes: int
+    failed_nodes: Mapping[str, str]  # node_id -> reason
+    micro_batches: int
+    batch_min: int
+    batch_max: int
+    peak_bytes: int | None
+    budget_bytes: int
+    seconds: float
+    padding_tokens: int
+    redone_fp32: int
+    steps: Sequence[LadderStep]
+    device: str
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def is_degraded(self) -> bool:
+        return any(step.kind in ("oom", "spill", "restart", "exhausted") for step in self.steps)
+
+
+# ---------------------------------------------------------------------------------------------- the run's books
+
+
+@dataclass(frozen=True, slots=True)
+class Books:
+    """Closed when seen = unchanged + written + failed + skipped and planned = gpu + cpu + reused + failed nodes."""
+
+    documents_seen: int
+    documents_unchanged: int
+    documents_written: int
+    documents_failed: int
+    documents_skipped: int
+    nodes_planned: int
+    nodes_gpu: int
+    nodes_cpu: int
+    nodes_reused: int
+    nodes_failed: int
+    points_counted: int  # as Qdrant counts them, exactly, after the last upsert
