@@ -34,6 +34,16 @@ class Document:
 
 
 @dataclass(frozen=True, slots=True)
+class FileRef:
+    """A file that holds one document and has not been read yet: a worker process reads and chunks it."""
+
+    doc_id: str
+    uri: str
+    format: str  # "md", "txt", "html", "pdf", "docx"
+    source_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Rejection:
     """A document that did not make it, for the dead-letter list. `failed` ends a run red; `skipped` (nothing in it) does not."""
 
@@ -283,3 +293,95 @@ class Books:
     nodes_reused: int
     nodes_failed: int
     points_counted: int  # as Qdrant counts them, exactly, after the last upsert
+
+
+@dataclass(frozen=True, slots=True)
+class RunSummary:
+    """What `ballast ingest` prints, what `--json` gives, and what the run's artifacts show."""
+
+    collection: str
+    physical_collection: str
+    model: str
+    fingerprint: str
+    device: str
+    device_note: str  # why this device: "no CUDA device: embedding on the CPU pool"
+    books: Books
+    rejections: Sequence[Rejection]
+    partitions: Sequence[PartitionReport]
+    memory_series: Sequence[MemoryReading]
+    tokens: int
+    seconds: Mapping[str, float]  # by stage: total, prepare, chunk, embed, upsert, orchestration
+
+    @property
+    def spilled_fraction(self) -> float:
+        """Share of the embedded nodes that left the GPU for the CPU pool; 0 where no GPU took part."""
+        spilled = sum(report.cpu_nodes for report in self.partitions if report.device != "cpu")
+        embedded = sum(report.gpu_nodes + report.cpu_nodes for report in self.partitions)
+        return spilled / embedded if embedded else 0.0
+
+
+# ---------------------------------------------------------------------------------------------- plan, search, calibrate
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFit:
+    """Whether one model fits the budget for these documents, by its public shape."""
+
+    model: str
+    parameters: int
+    weights_bytes: int
+    fits: bool
+    max_tokens: int
+    largest_batch: int  # nodes of the longest length that fit at once; 0: not even one
+    spilled_nodes: int
+    relative_cost: float  # floating point operations against the chosen model's
+
+
+@dataclass(frozen=True, slots=True)
+class PlanReport:
+    """What `ballast plan` prints: nothing was embedded or written."""
+
+    model: str
+    documents: int
+    rejections: Sequence[Rejection]
+    nodes: int
+    tokens: int
+    longest_tokens: int
+    partitions: int
+    micro_batches: int
+    unmasked_token_fraction: float
+    padding_fraction: float
+    budget_bytes: int
+    weights_bytes: int
+    predicted_peak_bytes: int
+    spilled_nodes: int
+    memory_model: str  # "fitted on NVIDIA T4 (...)" or "closed-form prior"
+    models: Sequence[ModelFit]
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationReport:
+    """What `ballast calibrate` prints: coefficients of peak = c0 + c1 b s + c2 b s^2, and the error on held-back probes."""
+
+    key: MemoryKey
+    coefficients: Mapping[str, float]
+    samples: Sequence[MemorySample]
+    held_back: Sequence[MemorySample]
+    held_back_predictions: Sequence[int]
+    median_error: float  # of the held-back probes, relative
+    worst_under: float  # how far the worst prediction lies below the measured peak, relative; 0: never under
+    tokens_per_s: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class SearchHit:
+    """One passage found."""
+
+    score: float
+    doc_id: str
+    node_id: str
+    text: str
+    start_char: int | None
+    end_char: int | None
+    metadata: Mapping[str, Any]

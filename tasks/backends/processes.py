@@ -1,0 +1,42 @@
+"""Pools of fresh worker processes: spawned, never forked (CUDA and threads don't survive a fork), never left behind."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+
+def spawn_pool(
+    workers: int,
+    *,
+    environment: Mapping[str, str] | None = None,
+    initializer: Callable[..., None] | None = None,
+    initargs: tuple[Any, ...] = (),
+) -> ProcessPoolExecutor:
+    """A pool whose processes start from nothing with `environment` set before any heavy import, and end with their parent."""
+    return ProcessPoolExecutor(
+        max_workers=workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(dict(environment or {}), initializer, initargs),
+    )
+
+
+def _start_worker(environment: dict[str, str], initializer: Callable[..., None] | None, initargs: tuple[Any, ...]) -> None:
+    os.environ.update(environment)
+    threading.Thread(target=_end_with_parent, name="end-with-parent", daemon=True).start()
+    if initializer is not None:
+        initializer(*initargs)
+
+
+def _end_with_parent() -> None:
+    # A pool's workers hold both ends of the call queue, so they never see end-of-file when the parent is killed with
+    # SIGKILL and would stay for ever, with their device memory: watch the parent's sentinel instead.
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
