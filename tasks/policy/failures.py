@@ -30,7 +30,7 @@ _STICKY = (
     "cudnn_status_mapping_error",
 )
 
-# These share no type: "CUDA out of memory" is a torch.OutOfMemoryError, "CUDA error: out of memory" an AcceleratorError,
+# They share no type: "CUDA out of memory" is a torch.OutOfMemoryError, "CUDA error: out of memory" an AcceleratorError,
 # "CUDA driver error: out of memory", cuBLAS' own and the CPU allocator's are plain RuntimeErrors.
 _OUT_OF_MEMORY_TYPES = ("OutOfMemoryError", "MemoryError")
 _OUT_OF_MEMORY = (
@@ -75,7 +75,7 @@ def classify_failure(chain: Sequence[Failure]) -> FailureKind | None:
     kinds = {_classify_one(names, message) for names, message in chain}
     for kind in ("sticky", "oom", "ambiguous"):
         if kind in kinds:
-            return kind  # type: ignore[return-value]
+            return kind
     return None
 
 
