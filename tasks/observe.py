@@ -1,7 +1,8 @@
 """Who watches a run: the stages tell what happens, the command line decides how it is shown.
 
-The engine reports to `current_observer.get()`; nobody watches by default (a worker, a test). Prefect's thread pool copies
-the context into its tasks, a bare `threading.Thread` does not: take the observer before starting one, and hand it over.
+The engine reports to `current_observer.get()`; nobody watches by default (a worker, a test). Prefect's thread pool
+copies the context into its tasks, a bare `threading.Thread` does not: take the observer before starting one, and hand
+it over.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Observer(Protocol):
     def micro_batch_done(
         self, partition_index: int, nodes_done: int, nodes_total: int, tokens: int, device: str
     ) -> None:
-        """`nodes_done` of the partition's `nodes_total` have vectors now; `tokens` of them came with this micro-batch."""
+        """`nodes_done` of the partition's `nodes_total` have vectors now; `tokens` came with this micro-batch."""
         ...
 
     def ladder_step(self, partition_index: int, step: LadderStep) -> None:
