@@ -156,6 +156,7 @@ class EncoderInfo:
     weights_bytes: int
     kernel_masked: Attention  # which attention a padded batch gets: "math" materialises heads x s x s scores
     kernel_unmasked: Attention
+    device_uuid: str = ""  # as CUDA tells it, for the NVML sampler; empty on the CPU
 
 
 @dataclass(frozen=True, slots=True)
