@@ -12,6 +12,7 @@ BallastError
 │   ├── StoreUnavailable transient: reset, timeout, 429, 5xx; worth a retry
 │   └── StoreRejected    permanent: the request itself is refused
 ├── SpoolError           a spool file is missing, torn or not what it says
+├── ApiUnavailable       the Prefect API that should record the run does not start or does not answer
 └── BooksDontClose       documents or nodes unaccounted for at the end of a run
 """
 
@@ -53,7 +54,11 @@ class StoreLocked(StoreError):  # noqa: N818
 
 
 class StoreUnavailable(StoreError):  # noqa: N818
-    pass
+    """`retry_after_s`: how long the server asked to be left alone; None where it did not say."""
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class StoreRejected(StoreError):  # noqa: N818
@@ -61,6 +66,10 @@ class StoreRejected(StoreError):  # noqa: N818
 
 
 class SpoolError(BallastError):
+    pass
+
+
+class ApiUnavailable(BallastError):  # noqa: N818
     pass
 
 

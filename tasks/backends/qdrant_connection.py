@@ -1,0 +1,181 @@
+"""Opening Qdrant: a server by URL, or the embedded one in the data folder; and where an API key may travel."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import SplitResult, urlsplit
+
+from tasks.backends.qdrant_faults import client_errors, to_store_error
+from tasks.config import QdrantSettings
+from tasks.errors import ConfigError, StoreError, StoreLocked, StoreUnavailable
+
+if TYPE_CHECKING:
+    from qdrant_client import QdrantClient
+
+log = logging.getLogger(__name__)
+
+SERVER_HINT = (
+    "docker run -d -p 6333:6333 -v qdrant:/qdrant/storage qdrant/qdrant, then QDRANT_URL=http://localhost:6333"
+)
+
+_OLDEST_SERVER = (1, 16)  # the first that keeps a collection's metadata, where the fingerprint lives
+
+# Said better by our own log lines and errors. Filters by exact message that stay: `catch_warnings` swaps the whole
+# process's filters back and forth and is not safe where tasks run in threads.
+_ANSWERED_WARNINGS = (
+    "Api key is used with an insecure connection",
+    "Local mode is not recommended for collections with more than",
+)
+
+
+def choose_url(settings: QdrantSettings, environment: Mapping[str, str]) -> str | None:
+    """The server's URL: the setting, else QDRANT_URL, else None for the embedded Qdrant."""
+    return (settings.url or environment.get("QDRANT_URL") or "").strip() or None
+
+
+def connect_server(url: str, settings: QdrantSettings, environment: Mapping[str, str]) -> QdrantClient:
+    """A client of the server at `url` that has answered once. The key comes from QDRANT_API_KEY only.
+
+    Raises ConfigError for a URL that can't be used or would show the key to others, StoreUnavailable where nothing
+    answers, StoreError for a server that is too old.
+    """
+    from qdrant_client import QdrantClient
+
+    api_key = environment.get("QDRANT_API_KEY", "").strip() or None
+    parts = _check_url(url)
+    is_here = is_loopback(parts.hostname or "")
+    if api_key and parts.scheme == "http" and not is_here:
+        if not settings.allow_plain_http:
+            raise ConfigError(
+                f"QDRANT_API_KEY would travel unencrypted to {parts.hostname}, since {url} is plain http. "
+                "Use an https:// URL, or set qdrant.allow_plain_http=true if that network is yours."
+            )
+        log.warning("qdrant url=%s the API key travels unencrypted: qdrant.allow_plain_http is set", url)
+    _filter_answered_warnings()
+    client = QdrantClient(
+        url=url,
+        api_key=api_key,
+        timeout=settings.timeout_s,
+        # The client's own check runs in a thread and warns; ours is below and fails with a reason.
+        check_compatibility=False,
+        # HTTP_PROXY in the environment would carry a loopback request, and the key with it, to another host.
+        trust_env=not is_here,
+    )
+    try:
+        _check_server(client, url)
+    except BaseException:
+        client.close()
+        raise
+    return client
+
+
+def open_embedded(folder: Path) -> QdrantClient:
+    """The embedded Qdrant in `folder`, made if it is not there. Raises StoreLocked where another process has it."""
+    from qdrant_client import QdrantClient
+
+    _check_lock(folder)
+    _filter_answered_warnings()
+    try:
+        # Every call goes through the store's own lock, so SQLite need not insist on the thread that opened it.
+        return QdrantClient(path=str(folder), force_disable_check_same_thread=True)
+    except RuntimeError as error:
+        if "already accessed" not in str(error):
+            raise
+        raise _locked(folder) from error
+    except (OSError, ValueError) as error:
+        raise StoreError(
+            f"The embedded Qdrant in {folder} can't be opened ({type(error).__name__}: {error}). "
+            "Check the folder's permissions and the disk; or name another data folder and ingest again."
+        ) from error
+
+
+def is_loopback(host: str) -> bool:
+    """Whether packets to `host` stay on this machine."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _check_url(url: str) -> SplitResult:
+    try:
+        parts = urlsplit(url)
+        has_port = parts.port is not None  # reading it raises for nonsense
+    except ValueError as error:
+        raise ConfigError(f"The Qdrant URL can't be read ({error}). It looks like https://host:6333.") from error
+    if parts.username is not None or parts.password is not None:
+        raise ConfigError(
+            f"The Qdrant URL of {parts.hostname} holds a user or password, which Qdrant ignores. Use QDRANT_API_KEY."
+        )
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(f"The Qdrant URL {url!r} needs http:// or https:// and a host, as in https://host:6333.")
+    if not has_port:
+        log.debug("qdrant url=%s no port given: 6333", url)
+    return parts
+
+
+def _check_server(client: QdrantClient, url: str) -> None:
+    """One question that needs no rights and one that needs the key."""
+    try:
+        version = client.info().version
+        client.get_collections()
+    except client_errors() as error:
+        fault = to_store_error(error, action="be opened", place=f"at {url}")
+        if isinstance(fault, StoreUnavailable):
+            raise StoreUnavailable(
+                f"Qdrant at {url} does not answer: {fault} Start it, or unset QDRANT_URL for the embedded Qdrant.",
+                retry_after_s=fault.retry_after_s,
+            ) from error
+        raise fault from error
+    if read_version(version) < _OLDEST_SERVER:
+        oldest = ".".join(map(str, _OLDEST_SERVER))
+        raise StoreError(
+            f"Qdrant at {url} is version {version}; Ballast needs {oldest} or later, for a collection's metadata. "
+            "Upgrade the server."
+        )
+
+
+def read_version(version: str) -> tuple[int, int]:
+    """Major and minor; a version that can't be read (a development build) counts as new enough."""
+    try:
+        major, minor = version.removeprefix("v").split(".")[:2]
+        return int(major), int(minor)
+    except ValueError:
+        return _OLDEST_SERVER
+
+
+def _check_lock(folder: Path) -> None:
+    # The client takes its lock only after it has read every collection (28 s and 6 GB at 100,000 points), and then
+    # leaves the files open: ask first. Another process may come in between; the client's own lock then says so.
+    import portalocker
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / ".lock").open("a") as lock:
+            portalocker.lock(lock, portalocker.LockFlags.EXCLUSIVE | portalocker.LockFlags.NON_BLOCKING)
+            portalocker.unlock(lock)
+    except portalocker.exceptions.LockException as error:
+        raise _locked(folder) from error
+    except OSError as error:
+        raise StoreError(
+            f"The data folder {folder} can't be written ({error}). Name another one with --data-folder."
+        ) from error
+
+
+def _locked(folder: Path) -> StoreLocked:
+    return StoreLocked(
+        f"Another process holds the embedded Qdrant in {folder}: it serves one process at a time. "
+        f"Wait for it or stop it; for several processes run a Qdrant server: {SERVER_HINT}"
+    )
+
+
+def _filter_answered_warnings() -> None:
+    for message in _ANSWERED_WARNINGS:
+        warnings.filterwarnings("ignore", message=message, category=UserWarning)
