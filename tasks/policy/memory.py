@@ -1,0 +1,431 @@
+"""The memory model: peak device bytes of one forward pass, on top of the weights, from batch size and padded tokens.
+
+b nodes of s padded tokens are n = b*s tokens. Inference frees a layer's tensors before the next layer makes its own, so
+the number of layers doesn't matter and the peak is the larger of two moments inside one layer:
+
+    unmasked: c0 + n * max(token,        attention        + square        * s)
+    masked:   c0 + n * max(masked_token + mask * s, masked_attention + masked_square * s)
+
+`token` is the feed-forward moment, `attention + square*s` the attention moment. A sum c0 + c1 n + c2 n s is the
+special case token == attention. The max matters: with one sum for both moments, a padded batch of bge-m3 at 2048
+tokens comes out 27 % wrong. All coefficients are >= 0 and masked ones >= unmasked ones, so predictions are monotone in
+b and s and never smaller with a mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import combinations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from tasks.records import Attention, MemorySample, ModelShape, Precision
+
+FIXED_BYTES = 32 * 1024**2
+"""c0 of the prior: cuBLAS workspaces (8 MiB up to Ampere, 32 MiB on Hopper), blocks rounded to 512 bytes, split
+segments."""
+
+IDS_BYTES = 16
+"""Per token: int64 token ids and attention mask, alive all the way. Measured: 16 bytes remain beyond the hidden
+states."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryModel:
+    """Coefficients in bytes: `fixed` per forward pass, `square*` and `mask` per token and padded token, the rest per
+    token."""
+
+    fixed: float
+    token: float
+    attention: float
+    square: float
+    masked_token: float
+    masked_attention: float
+    masked_square: float
+    mask: float
+
+    def predict(self, nodes: ArrayLike, padded_tokens: ArrayLike, masked: ArrayLike) -> NDArray[np.int64]:
+        """Peak bytes on top of the weights; the arguments broadcast against each other."""
+        b = np.asarray(nodes, dtype=np.float64)
+        s = np.asarray(padded_tokens, dtype=np.float64)
+        return np.ceil(self.fixed + b * s * self._token_bytes(s, masked)).astype(np.int64)
+
+    def largest_batch(self, padded_tokens: ArrayLike, masked: ArrayLike, budget_bytes: float) -> NDArray[np.int64]:
+        """The most nodes whose predicted peak stays within the budget, exactly; 0 where not even one node fits."""
+        s = np.asarray(padded_tokens, dtype=np.float64)
+        per_node = s * self._token_bytes(s, masked)
+        room = max(0.0, float(budget_bytes) - self.fixed)
+        # A model without slopes would fit any batch: 2^40 nodes is "any".
+        nodes = np.floor(np.minimum(room / np.maximum(per_node, 1e-9), 2.0**40)).astype(np.int64)
+        # The division rounds: step to the exact integer, never over.
+        nodes = nodes - (self.predict(nodes, padded_tokens, masked) > budget_bytes)
+        nodes = nodes + (self.predict(nodes + 1, padded_tokens, masked) <= budget_bytes)
+        return np.maximum(nodes, 0)
+
+    def coefficients(self) -> Mapping[str, float]:
+        """For reports: name -> bytes."""
+        return asdict(self)
+
+    def _token_bytes(self, s: NDArray[np.float64], masked: ArrayLike) -> NDArray[np.float64]:
+        plain = np.maximum(self.token, self.attention + self.square * s)
+        padded = np.maximum(self.masked_token + self.mask * s, self.masked_attention + self.masked_square * s)
+        return np.where(np.asarray(masked, dtype=bool), padded, plain)
+
+
+def derive_prior(
+    shape: ModelShape,
+    precision: Precision,
+    kernel_masked: Attention,
+    kernel_unmasked: Attention,
+    *,
+    pads_mask: bool = True,
+) -> MemoryModel:
+    """The closed form, from what lives at the two moments of a BERT or XLM-R layer (transformers 5.23) at inference.
+
+    h, i: hidden and intermediate size; e: bytes of an element. Per token:
+    - always alive: the embeddings' output (held by the model's forward until it returns) and the layer's input: 2 h e;
+    - feed-forward: and the attention block's output h, the dense output i, its GELU i: 3 h e + 2 i e in all. The layer
+      norms, the sum of the embeddings and the pooling need less. Measured on the CPU for MiniLM, bge-base, bge-m3:
+      exact to 16 bytes a token;
+    - attention, flash or memory-efficient kernel: and q, k, v and the context: 6 h e;
+    - attention by `math`: and scores, softmax and its -inf test, all fp32: 9 * heads * s bytes; half precision also
+      copies q, k, v to fp32 and scales them: 13 h e beside the scores, 21 h e before there are any;
+    - mask: transformers keeps a bool [b, 1, s, s] for the whole pass: s bytes; the kernel turns it into elements: e s
+      bytes; CUDA's memory-efficient kernel copies that once more where s is no multiple of 8 (`pads_mask`; never on a
+      CPU).
+    """
+    e = 4 if precision == "fp32" else 2
+    h, i = shape.hidden * e, shape.intermediate * e
+    token = IDS_BYTES + 3.0 * h + 2.0 * i
+
+    def at_attention(kernel: Attention) -> tuple[float, float, float]:
+        """(s-independent moment, attention per token, attention per token and s), without what the mask adds."""
+        match kernel:
+            case "math":
+                upcast = e == 2
+                before_scores = IDS_BYTES + (21.0 if upcast else 6.0) * h
+                return max(token, before_scores), IDS_BYTES + (13.0 if upcast else 6.0) * h, 9.0 * shape.heads
+            case "eager":  # scores and their scaled or softmaxed copy, in the model's own precision
+                return token, IDS_BYTES + 6.0 * h, 2.0 * e * shape.heads
+            case "sdpa" | "flash_attention_2":  # and flash's log-sum-exp, fp32, a number per head
+                return token, IDS_BYTES + 6.0 * h + 4.0 * shape.heads, 0.0
+
+    plain_token, plain_attention, plain_square = at_attention(kernel_unmasked)
+    masked_token, masked_attention, masked_square = at_attention(kernel_masked)
+    match kernel_masked:
+        case "flash_attention_2":  # takes no mask: rows are unpadded, q, k and v copied once more
+            mask, kernel_mask = 0.0, 0.0
+            masked_attention += 3.0 * h
+        case "eager":  # an additive mask in the model's precision from the start
+            mask, kernel_mask = float(e), float(e)
+        case "math":
+            mask, kernel_mask = 1.0, 1.0 + e
+        case "sdpa":
+            mask, kernel_mask = 1.0, 1.0 + (2.0 if pads_mask else 1.0) * e
+    return MemoryModel(
+        fixed=float(FIXED_BYTES),
+        token=plain_token,
+        attention=plain_attention,
+        square=plain_square,
+        masked_token=max(masked_token, plain_token),
+        masked_attention=max(masked_attention, plain_attention),
+        masked_square=max(masked_square + kernel_mask, plain_square),
+        mask=mask,
+    )
+
+
+# ---------------------------------------------------------------------------------------------- fit
+
+SAFETY = 1.01
+"""On top of what covers every sample: the max of two lines between samples; costs 1 % of the batch."""
+
+PULL = 0.01
+"""How strongly a coefficient keeps to the prior's, against samples weighted by relative error: a coefficient that one
+sample informs moves within 0.01 % of where the sample wants it; one that no sample informs stays where the prior has
+it."""
+
+UNDER_WEIGHT = 10.0
+"""An under-prediction costs an out-of-memory, an over-prediction a slightly smaller batch."""
+
+_ROUNDS = 12  # phases and weights settle within 3-6
+
+
+def fit_model(samples: Sequence[MemorySample], prior: MemoryModel) -> MemoryModel:
+    """Scale the prior to the samples: non-negative least squares of the relative error, then lifted to cover every
+    sample.
+
+    Five unknowns: `fixed`, one factor for both `token` terms, one for both `attention` terms, and the two `square`
+    terms; what no sample informs keeps the prior's value. `mask` is arithmetic and stays. The lift is no larger than
+    the worst sample's relative under-prediction: a batch that once took that much may come again, so samples are never
+    dropped as outliers.
+    """
+    if not samples:
+        return prior
+    table = _Samples.of(samples)
+    best, best_loss = prior, np.inf
+    # Two starts: the phases as the prior sees them, and attention everywhere (a kernel that is not the one the prior
+    # assumed).
+    for start in (prior, replace(prior, token=0.0, masked_token=0.0, mask=0.0)):
+        model = start
+        for _ in range(_ROUNDS):
+            fitted = _fit_phases(table, model, prior)
+            loss = _loss(table, fitted)
+            if loss < best_loss:
+                best, best_loss = fitted, loss
+            if fitted == model:
+                break
+            model = fitted
+    return _lift(table, best, SAFETY)
+
+
+@dataclass(frozen=True, slots=True)
+class _Samples:
+    """Samples as columns."""
+
+    b: NDArray[np.float64]
+    s: NDArray[np.float64]
+    masked: NDArray[np.bool_]
+    peak: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, samples: Sequence[MemorySample]) -> _Samples:
+        return cls(
+            np.array([x.nodes for x in samples], dtype=np.float64),
+            np.array([x.padded_tokens for x in samples], dtype=np.float64),
+            np.array([x.masked for x in samples], dtype=np.bool_),
+            np.array([max(x.peak_bytes, 1) for x in samples], dtype=np.float64),
+        )
+
+
+def _fit_phases(table: _Samples, current: MemoryModel, prior: MemoryModel) -> MemoryModel:
+    """One round: which of the two moments each sample's peak is, by the current model; then a linear fit."""
+    n, s, masked = table.b * table.s, table.s, table.masked
+    token = np.where(masked, current.masked_token + current.mask * s, current.token)
+    attention = np.where(
+        masked, current.masked_attention + current.masked_square * s, current.attention + current.square * s
+    )
+    at_attention = attention > token
+    # Zero in the prior still needs a unit, so that a wrong prior can be left: one byte.
+    units = np.array([max(prior.fixed, 1.0), 1.0, 1.0, max(prior.square, 1.0), max(prior.masked_square, 1.0)])
+    columns = np.zeros((len(n), 5))
+    columns[:, 0] = units[0]
+    columns[:, 1] = np.where(at_attention, 0.0, n * np.where(masked, prior.masked_token, prior.token))
+    columns[:, 2] = np.where(at_attention, n * np.where(masked, prior.masked_attention, prior.attention), 0.0)
+    columns[:, 3] = np.where(at_attention & ~masked, n * s * units[3], 0.0)
+    columns[:, 4] = np.where(at_attention & masked, n * s * units[4], 0.0)
+    held = np.where(masked & ~at_attention, n * s * prior.mask, 0.0)
+    under = table.peak > current.predict(table.b, s, masked)
+    weight = np.sqrt(np.where(under, UNDER_WEIGHT, 1.0)) / table.peak
+    keep = np.array([prior.fixed, 1.0, 1.0, prior.square, prior.masked_square]) / np.where([1, 0, 0, 1, 1], units, 1.0)
+    design = np.vstack([columns * weight[:, None], PULL * np.eye(5)])
+    target = np.concatenate([(table.peak - held) * weight, PULL * keep])
+    x = _solve_nonnegative(design, target)
+    return _order(
+        MemoryModel(
+            fixed=float(x[0] * units[0]),
+            token=float(x[1] * prior.token),
+            attention=float(x[2] * prior.attention),
+            square=float(x[3] * units[3]),
+            masked_token=float(x[1] * prior.masked_token),
+            masked_attention=float(x[2] * prior.masked_attention),
+            masked_square=float(x[4] * units[4]),
+            mask=prior.mask,
+        )
+    )
+
+
+def _solve_nonnegative(design: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np.float64]:
+    """argmin |design x - target| over x >= 0, exactly: the best feasible solution over all sets of free unknowns
+    (2^5)."""
+    unknowns = design.shape[1]
+    gram, moment = design.T @ design, design.T @ target
+    best, best_value = (
+        np.zeros(unknowns),
+        0.0,
+    )  # x = 0: the value below is |design x - target|^2 less the constant |target|^2
+    for size in range(unknowns, 0, -1):
+        for free in map(list, combinations(range(unknowns), size)):
+            solution = np.linalg.solve(gram[np.ix_(free, free)], moment[free])  # the pull rows make it regular
+            if (solution < 0).any():
+                continue
+            if size == unknowns:
+                return np.asarray(solution)
+            value = -float(solution @ moment[free])
+            if value < best_value:
+                best, best_value = np.zeros(unknowns), value
+                best[free] = solution
+    return best
+
+
+def _order(model: MemoryModel) -> MemoryModel:
+    """Masked terms are at least the unmasked ones: a mask never saves memory."""
+    return replace(
+        model,
+        masked_token=max(model.masked_token, model.token),
+        masked_attention=max(model.masked_attention, model.attention),
+        masked_square=max(model.masked_square, model.square),
+    )
+
+
+def _loss(table: _Samples, model: MemoryModel) -> float:
+    error = model.predict(table.b, table.s, table.masked) / table.peak - 1.0
+    return float(np.sum(np.where(error < 0, UNDER_WEIGHT, 1.0) * error**2))
+
+
+def _lift(table: _Samples, model: MemoryModel, safety: float) -> MemoryModel:
+    """Scale the terms that masked and unmasked samples have under-predicted, so that none is; and by `safety` on
+    top."""
+    # predict() rounds up: measured against the byte below, so that the lifted model covers the sample after rounding,
+    # too.
+    ratio = table.peak / np.maximum(model.predict(table.b, table.s, table.masked) - 1, 1)
+    plain = safety * float(ratio[~table.masked].max(initial=1.0))
+    padded = safety * float(ratio[table.masked].max(initial=1.0))
+    return _order(
+        replace(
+            model,
+            fixed=model.fixed * max(plain, padded),
+            token=model.token * plain,
+            attention=model.attention * plain,
+            square=model.square * plain,
+            masked_token=model.masked_token * padded,
+            masked_attention=model.masked_attention * padded,
+            masked_square=model.masked_square * padded,
+            mask=model.mask * padded,
+        )
+    )
+
+
+# ---------------------------------------------------------------------------------------------- refine online
+
+RECENT = 64
+"""Samples of real micro-batches that are remembered beside the calibration's."""
+
+SLACK = 0.05
+"""An over-prediction below this is left alone: a refit costs a millisecond and would win nothing."""
+
+DESCENT = 0.25
+"""How far a refit may lower a coefficient in one step: peaks that vary don't make the batch swing."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryFit:
+    """A model with what it was fitted to: the calibration's samples stay, the recent ones pass through a bounded
+    window."""
+
+    model: MemoryModel
+    prior: MemoryModel
+    calibration: tuple[MemorySample, ...] = ()
+    recent: tuple[MemorySample, ...] = ()
+
+    @property
+    def is_fitted(self) -> bool:
+        """False: the model is the closed-form prior."""
+        return bool(self.calibration or self.recent)
+
+
+def start_fit(prior: MemoryModel, calibration: Sequence[MemorySample] = ()) -> MemoryFit:
+    """A fit to the calibration's samples; the prior itself without any (a CPU does not tell its peaks)."""
+    return MemoryFit(fit_model(calibration, prior), prior, tuple(calibration))
+
+
+def refine_fit(fit: MemoryFit, samples: Sequence[MemorySample]) -> MemoryFit:
+    """Take in what real micro-batches took: under-prediction is corrected at once, over-prediction step by step.
+
+    No sample in the window is under-predicted by the result. Leave out batches that were partly redone in fp32: their
+    peak belongs to another precision.
+    """
+    if not samples:
+        return fit
+    window = {(x.nodes, x.padded_tokens, x.masked): x for x in fit.recent}
+    for sample in samples:
+        shape = (sample.nodes, sample.padded_tokens, sample.masked)
+        window.pop(shape, None)  # the latest measurement of a shape replaces the earlier and moves to the end
+        window[shape] = sample
+    recent = tuple(window.values())[-RECENT:]
+    remembered = replace(fit, recent=recent)
+    new = _Samples.of(samples)
+    error = fit.model.predict(new.b, new.s, new.masked) / new.peak - 1.0
+    if error.min() >= 0 and error.max() <= SLACK:
+        return remembered
+    table = _Samples.of(fit.calibration + recent)
+    refitted = fit_model(fit.calibration + recent, fit.prior)
+    before, after = fit.model.coefficients(), refitted.coefficients()
+    stepped = MemoryModel(**{k: max(after[k], before[k] + DESCENT * (after[k] - before[k])) for k in before})
+    return replace(remembered, model=_lift(table, _order(stepped), 1.0))
+
+
+# ---------------------------------------------------------------------------------------------- probes
+
+PROBE_FRACTION = 0.6
+"""Of the budget, if the prior is wrong by PROBE_DOUBT: probing must not be what runs out of memory."""
+
+PROBE_DOUBT = 2.0
+
+MAX_PROBE_TOKENS = 32_768
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Probe:
+    """What to run: `nodes` rows of `padded_tokens`; masked: the last row is shorter."""
+
+    nodes: int
+    padded_tokens: int
+    masked: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ProbePlan:
+    """Six to eight shapes to fit and two to four to check the fit with; fewer where a budget or a model allows no
+    more."""
+
+    fit: tuple[Probe, ...]
+    held_back: tuple[Probe, ...]
+
+
+def choose_probes(
+    max_tokens: int, budget_bytes: int, prior: MemoryModel, *, max_batch_tokens: int = MAX_PROBE_TOKENS
+) -> ProbePlan:
+    """Shapes from one long node to wide and short, with and without a mask, smallest predicted peak first.
+
+    Masked lengths are no multiple of 8, where CUDA's memory-efficient kernel copies the mask: the dearer case is
+    fitted.
+    """
+    allowed = budget_bytes * PROBE_FRACTION / PROBE_DOUBT
+
+    def shape_probe(length_fraction: float, token_fraction: float, masked: bool) -> Probe | None:
+        s = max(min(16, max_tokens), round(max_tokens * length_fraction))
+        while True:
+            s -= int(masked and s % 8 == 0)
+            least = 2 if masked else 1
+            wanted = max(least, int(max_batch_tokens * token_fraction) // s)
+            fitting = int(prior.largest_batch(s, masked, allowed))
+            if fitting >= least:
+                return Probe(min(wanted, fitting), s, masked)
+            if s <= 16:
+                return None
+            s //= 2
+
+    def shape_all(fractions: Sequence[tuple[float, float, bool]], taken: frozenset[Probe]) -> tuple[Probe, ...]:
+        probes = {probe for f in fractions if (probe := shape_probe(*f)) is not None} - taken
+        return tuple(sorted(probes, key=lambda x: (int(prior.predict(x.nodes, x.padded_tokens, x.masked)), x)))
+
+    # (length against the model's limit, tokens against the largest batch, masked)
+    fit = shape_all(
+        (
+            (1 / 32, 1 / 16, False),
+            (1 / 32, 1.0, False),
+            (1 / 4, 1 / 2, False),
+            (1.0, 1 / 4, False),
+            (1 / 32, 1 / 2, True),
+            (1 / 6, 1.0, True),
+            (1 / 2, 1 / 2, True),
+            (1.0, 3 / 4, True),
+        ),
+        frozenset(),
+    )
+    held_back = shape_all(
+        ((1 / 8, 3 / 4, False), (1 / 2, 1 / 2, False), (1 / 3, 3 / 4, True), (3 / 4, 3 / 4, True)), frozenset(fit)
+    )
+    return ProbePlan(fit, held_back)
