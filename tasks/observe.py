@@ -7,12 +7,12 @@ it over.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Protocol
 
-from tasks.records import LadderStep, Partition, PartitionReport
+from tasks.records import LadderStep, Partition, PartitionReport, RunSummary
 
 
 class Observer(Protocol):
@@ -44,6 +44,10 @@ class Observer(Protocol):
         """One sentence that the user should read now."""
         ...
 
+    def run_finished(self, summary: RunSummary, off: Sequence[str]) -> None:
+        """The run's books; `off` says line by line what keeps them from closing, and is empty where they close."""
+        ...
+
 
 class SilentObserver:
     """Watches nothing."""
@@ -61,6 +65,8 @@ class SilentObserver:
     def partition_done(self, report: PartitionReport) -> None: ...
 
     def note(self, message: str) -> None: ...
+
+    def run_finished(self, summary: RunSummary, off: Sequence[str]) -> None: ...
 
 
 # One instance for all contexts is right: it keeps no state.
