@@ -52,7 +52,7 @@ def _encode(value: Any) -> bytes:
 
 
 def _canonical(value: Any) -> Any:
-    """A JSON value in which all but text, bool, int and null is tagged with its type, so that none looks like another."""
+    """A JSON value in which all but text, bool, int and null is tagged with its type: none looks like another."""
     if isinstance(value, enum.Enum):
         return _canonical(value.value)
     if isinstance(value, np.generic | np.ndarray):

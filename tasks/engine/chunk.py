@@ -1,0 +1,205 @@
+"""Reads and chunks documents in worker processes: lazily, in source order, within a bounded amount of memory."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from tasks.backends.processes import spawn_pool
+from tasks.config import ChunkingSettings, SourceSettings
+from tasks.errors import BallastError
+from tasks.policy.identity import compute_generation, compute_node_id
+from tasks.records import ChunkedDocument, Document, FileRef, Rejection
+
+if TYPE_CHECKING:
+    from tasks.backends.chunker import Chunker
+
+Item = FileRef | Document | Rejection
+Chunked = ChunkedDocument | Rejection
+
+# A call to a worker costs about half a millisecond, a short document's chunking as much: so many go together.
+BATCH_ITEMS = 64
+BATCH_BYTES = 512 * 1024
+# Nodes take about ten times their text in memory (ids, payload twice): what is in flight is bounded by its source bytes.
+IN_FLIGHT_BYTES = 64 * 1024**2
+IN_FLIGHT_BATCHES_PER_WORKER = 3
+
+# Each worker is one core: threads of the tokenizer's own would fight with the other workers.
+_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@dataclass(frozen=True)
+class ChunkSpec:
+    """All a worker needs to turn an item into nodes. It is pickled: `read_file` must be a function of a module."""
+
+    read_file: Callable[[FileRef, SourceSettings], Document | Rejection]
+    source: SourceSettings
+    chunking: ChunkingSettings
+    model_path: str
+    max_tokens: int  # the model's limit
+    document_prompt: str
+    fingerprint: str
+
+
+def count_workers(setting: int) -> int:
+    """`chunking.workers`, where 0 is one a CPU core less one, at least 1 and at most 8."""
+    return setting or max(1, min(8, len(os.sched_getaffinity(0)) - 1))
+
+
+def iter_chunked(items: Iterable[Item], spec: ChunkSpec, workers: int) -> Iterator[Chunked]:
+    """Each item's nodes, or why it has none, in the order of the items; `workers` processes, 0: in this one.
+
+    An item whose worker dies (killed for its memory) comes back as failed; the others that were under way are done
+    again. Raises ModelError for a model or a limit that can't be used.
+    """
+    batches = _batch(items)
+    if workers == 0:
+        for batch, _ in batches:
+            yield from chunk_batch(batch, spec)
+        return
+    pool = _WorkerPool(spec, workers)
+    try:
+        yield from _run_batches(batches, pool, workers)
+    finally:
+        pool.close()
+
+
+def _run_batches(batches: Iterator[tuple[list[Item], int]], pool: _WorkerPool, workers: int) -> Iterator[Chunked]:
+    under_way: deque[tuple[list[Item], int, Future[list[Chunked]]]] = deque()
+    in_flight_bytes = 0
+    exhausted = False
+    while True:
+        while not exhausted and len(under_way) < workers * IN_FLIGHT_BATCHES_PER_WORKER:
+            if under_way and in_flight_bytes >= IN_FLIGHT_BYTES:
+                break
+            following = next(batches, None)
+            if following is None:
+                exhausted = True
+                break
+            under_way.append((*following, pool.submit(following[0])))
+            in_flight_bytes += following[1]
+        if not under_way:
+            return
+        batch, batch_bytes, future = under_way.popleft()
+        try:
+            results = future.result()
+        except BrokenProcessPool:
+            # All futures of the pool are broken with it, and nothing tells whose fault it was.
+            pool.replace()
+            results = _chunk_one_by_one(batch, pool)
+            under_way = deque(
+                (waiting, waiting_bytes, old if _is_done(old) else pool.submit(waiting))
+                for waiting, waiting_bytes, old in under_way
+            )
+        in_flight_bytes -= batch_bytes
+        yield from results
+
+
+def _is_done(future: Future[list[Chunked]]) -> bool:
+    return future.done() and not future.cancelled() and future.exception() is None
+
+
+def _chunk_one_by_one(batch: list[Item], pool: _WorkerPool) -> list[Chunked]:
+    results: list[Chunked] = []
+    for item in batch:
+        try:
+            results.extend(pool.submit([item]).result())
+        except BrokenProcessPool:
+            pool.replace()
+            size = _count_bytes(item)
+            results.append(
+                Rejection(
+                    item.doc_id,
+                    "failed",
+                    "chunk",
+                    f"The worker process died on this document of {size} bytes, most likely for want of memory. "
+                    "Split the document, or lower chunking.workers.",
+                    size,
+                )
+            )
+    return results
+
+
+class _WorkerPool:
+    """A pool that can be replaced after one of its processes died."""
+
+    def __init__(self, spec: ChunkSpec, workers: int) -> None:
+        self._spec = spec
+        self._workers = workers
+        self._pool = self._start()
+
+    def _start(self) -> ProcessPoolExecutor:
+        return spawn_pool(self._workers, environment=_ENVIRONMENT)
+
+    def submit(self, batch: list[Item]) -> Future[list[Chunked]]:
+        try:
+            return self._pool.submit(chunk_batch, batch, self._spec)
+        except BrokenProcessPool:
+            # It broke since the last result: the batches under way will tell, this one was never begun.
+            self.replace()
+            return self._pool.submit(chunk_batch, batch, self._spec)
+
+    def replace(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool = self._start()
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _batch(items: Iterable[Item]) -> Iterator[tuple[list[Item], int]]:
+    """Lists of consecutive items with their bytes; a large item goes alone, so that the others need not wait for it."""
+    batch: list[Item] = []
+    size = 0
+    for item in items:
+        item_bytes = _count_bytes(item)
+        if batch and (len(batch) >= BATCH_ITEMS or size + item_bytes > BATCH_BYTES):
+            yield batch, size
+            batch, size = [], 0
+        batch.append(item)
+        size += item_bytes
+    if batch:
+        yield batch, size
+
+
+def _count_bytes(item: Item) -> int:
+    return max(item.source_bytes, len(item.text)) if isinstance(item, Document) else item.source_bytes
+
+
+# ------------------------------------------------------------------------------------------ in a worker
+
+
+def chunk_batch(items: list[Item], spec: ChunkSpec) -> list[Chunked]:
+    """Read and chunk items, in the process that calls. Raises ModelError for a model or limit that can't be used."""
+    chunker = _get_chunker(spec.chunking, spec.model_path, spec.max_tokens, spec.document_prompt)
+    return [item if isinstance(item, Rejection) else _chunk_item(item, spec, chunker) for item in items]
+
+
+@lru_cache(maxsize=1)
+def _get_chunker(settings: ChunkingSettings, model_path: str, max_tokens: int, document_prompt: str) -> Chunker:
+    from tasks.backends.chunker import Chunker
+    from tasks.backends.tokenizer import NodeTokenizer
+
+    tokenizer = NodeTokenizer(model_path, document_prompt=document_prompt)
+    return Chunker(settings, tokenizer, max_tokens, compute_node_id)
+
+
+def _chunk_item(item: FileRef | Document, spec: ChunkSpec, chunker: Chunker) -> Chunked:
+    try:
+        document = spec.read_file(item, spec.source) if isinstance(item, FileRef) else item
+        if isinstance(document, Rejection):
+            return document
+        generation = compute_generation(spec.fingerprint, document.text, document.metadata)
+        nodes = chunker.chunk(document, generation)
+    except (BallastError, ValueError, RecursionError, MemoryError) as error:
+        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        return Rejection(item.doc_id, "failed", "chunk", reason, item.source_bytes)
+    if not nodes:
+        return Rejection(item.doc_id, "skipped", "chunk", "There is no text in it.", item.source_bytes)
+    return ChunkedDocument(item.doc_id, generation, nodes, item.source_bytes)
