@@ -192,6 +192,15 @@ class MemoryReading:
     process_bytes: int | None  # by this process and its children; None where the driver does not say
 
 
+@dataclass(frozen=True, slots=True)
+class BudgetMark:
+    """From here on, this budget and this batch were in force; on the same clock as MemoryReading."""
+
+    seconds: float
+    budget_bytes: int
+    batch_nodes: int
+
+
 # ---------------------------------------------------------------------------------------------- embedding
 
 
@@ -312,6 +321,7 @@ class RunSummary:
     memory_series: Sequence[MemoryReading]
     tokens: int
     seconds: Mapping[str, float]  # by stage: total, prepare, chunk, embed, upsert, orchestration
+    budget_series: Sequence[BudgetMark] = ()  # shown next to memory_series
 
     @property
     def spilled_fraction(self) -> float:

@@ -1,0 +1,402 @@
+"""What a run, a plan and a calibration look like as tables and Markdown: pure functions of records.
+
+No document text and no secret gets in here: names, counts and the reasons of our own errors only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+
+from tasks.policy.books import check_books
+from tasks.records import (
+    Books,
+    BudgetMark,
+    CalibrationReport,
+    MemoryReading,
+    PartitionReport,
+    PlanReport,
+    Rejection,
+    RunSummary,
+)
+from tasks.tables import Column, Table, Value, escape_markdown, format_bytes, format_value, to_markdown
+
+MEMORY_ROWS = 40  # a page of the UI; the peak of each span is kept, so that no spike is averaged away
+LADDER_ROWS = 50
+REJECTION_ROWS = 100
+
+# ---------------------------------------------------------------------------------------------- tables
+
+
+def tabulate_documents(books: Books) -> Table:
+    """Documents: seen = unchanged + written + failed + skipped."""
+    row = (
+        books.documents_seen,
+        books.documents_unchanged,
+        books.documents_written,
+        books.documents_failed,
+        books.documents_skipped,
+    )
+    names = ("seen", "unchanged", "written", "failed", "skipped")
+    return Table("documents", "Documents", [Column(name, name) for name in names], [row])
+
+
+def tabulate_nodes(books: Books) -> Table:
+    """Nodes: planned = GPU + CPU + reused + failed; and what Qdrant counts."""
+    columns = [
+        Column("planned", "planned"),
+        Column("gpu", "GPU"),
+        Column("cpu", "CPU"),
+        Column("reused", "reused"),
+        Column("failed", "failed"),
+        Column("points_counted", "points in Qdrant"),
+    ]
+    row = (
+        books.nodes_planned,
+        books.nodes_gpu,
+        books.nodes_cpu,
+        books.nodes_reused,
+        books.nodes_failed,
+        books.points_counted,
+    )
+    return Table("nodes", "Nodes", columns, [row])
+
+
+def tabulate_run(summary: RunSummary, off: Sequence[str] | None = None) -> Table:
+    """One row: what ran where, how fast, and whether the books close."""
+    columns = [
+        Column("collection", "collection", "text"),
+        Column("model", "model", "text"),
+        Column("device", "device", "text"),
+        Column("tokens", "tokens"),
+        Column("tokens_per_s", "tokens", "rate"),
+        Column("spilled_fraction", "spilled", "fraction"),
+        Column("seconds", "time", "seconds"),
+        Column("closed", "books closed", "text"),
+    ]
+    row: tuple[Value, ...] = (
+        summary.collection,
+        summary.model,
+        summary.device,
+        summary.tokens,
+        embedding_tokens_per_s(summary),
+        summary.spilled_fraction,
+        summary.seconds.get("total"),
+        not find_discrepancies(summary, off),
+    )
+    return Table("run", "Run", columns, [row])
+
+
+def tabulate_partitions(reports: Iterable[PartitionReport]) -> Table:
+    """One row a partition."""
+    columns = [
+        Column("index", "partition"),
+        Column("nodes", "nodes"),
+        Column("tokens", "tokens"),
+        Column("device", "device", "text"),
+        Column("batch", "batch", "text"),
+        Column("oom_steps", "OOM steps"),
+        Column("spilled", "spilled"),
+        Column("failed", "failed"),
+        Column("peak_bytes", "peak memory", "bytes"),
+        Column("budget_bytes", "budget", "bytes"),
+        Column("seconds", "time", "seconds"),
+        Column("tokens_per_s", "tokens", "rate"),
+    ]
+    rows = [
+        (
+            report.index,
+            report.nodes,
+            report.tokens,
+            report.device,
+            describe_range(report.batch_min, report.batch_max),
+            sum(step.kind == "oom" for step in report.steps),
+            0 if report.device == "cpu" else report.cpu_nodes,
+            len(report.failed_nodes),
+            report.peak_bytes,
+            report.budget_bytes,
+            round(report.seconds, 3),
+            round(report.tokens_per_s, 1),
+        )
+        for report in reports
+    ]
+    return Table("partition", "Partitions", columns, rows)
+
+
+def tabulate_ladder(report: PartitionReport, limit: int = LADDER_ROWS) -> Table:
+    """One row a step of the ladder, in order."""
+    columns = [
+        Column("at_s", "at", "seconds"),
+        Column("step", "step", "text"),
+        Column("nodes_before", "batch before"),
+        Column("nodes_after", "batch after"),
+        Column("padded_tokens", "padded tokens"),
+        Column("budget_before_bytes", "budget before", "bytes"),
+        Column("budget_after_bytes", "budget after", "bytes"),
+        Column("free_bytes", "free", "bytes"),
+        Column("reason", "reason", "text"),
+    ]
+    rows = [
+        (
+            round(step.at_s, 3),
+            step.kind,
+            step.nodes_before,
+            step.nodes_after,
+            step.padded_tokens,
+            step.budget_before_bytes,
+            step.budget_after_bytes,
+            step.free_bytes,
+            step.reason,
+        )
+        for step in report.steps[:limit]
+    ]
+    return Table("ladder", f"Ladder of partition {report.index}", columns, rows, max(len(report.steps) - limit, 0))
+
+
+def tabulate_rejections(rejections: Sequence[Rejection], limit: int = REJECTION_ROWS) -> Table:
+    """One row a document that did not make it; the failed ones first, since they are what makes the run red."""
+    columns = [
+        Column("document", "document", "text"),
+        Column("status", "status", "text"),
+        Column("stage", "stage", "text"),
+        Column("reason", "reason", "text"),
+    ]
+    ordered = sorted(rejections, key=lambda rejection: rejection.status != "failed")
+    rows = [(r.doc_id, r.status, r.stage, r.reason) for r in ordered[:limit]]
+    return Table("rejected", "Not ingested", columns, rows, max(len(rejections) - limit, 0))
+
+
+def tabulate_memory(
+    series: Sequence[MemoryReading], marks: Sequence[BudgetMark] = (), limit: int = MEMORY_ROWS
+) -> Table:
+    """The sampler's series, thinned to `limit` rows in all, with the budget and batch in force at each reading."""
+    columns = [
+        Column("seconds", "at", "seconds"),
+        Column("device_uuid", "device", "text"),
+        Column("used_bytes", "used", "bytes"),
+        Column("free_bytes", "free", "bytes"),
+        Column("process_bytes", "this run", "bytes"),
+        Column("budget_bytes", "budget", "bytes"),
+        Column("batch_nodes", "batch"),
+    ]
+    rows: list[tuple[Value, ...]] = []
+    for reading in thin_series(series, limit):
+        mark = max((m for m in marks if m.seconds <= reading.seconds), key=lambda m: m.seconds, default=None)
+        rows.append(
+            (
+                round(reading.seconds, 2),
+                reading.device_uuid,
+                reading.used_bytes,
+                reading.free_bytes,
+                reading.process_bytes,
+                mark.budget_bytes if mark else None,
+                mark.batch_nodes if mark else None,
+            )
+        )
+    return Table("memory", "Device memory", columns, rows)
+
+
+def thin_series(series: Sequence[MemoryReading], limit: int) -> list[MemoryReading]:
+    """At most `limit` readings, shared by the devices, in order of time: of each span the fullest."""
+    by_device: dict[str, list[MemoryReading]] = {}
+    for reading in series:
+        by_device.setdefault(reading.device_uuid, []).append(reading)
+    kept: list[MemoryReading] = []
+    share = max(limit // max(len(by_device), 1), 1)
+    for readings in by_device.values():
+        spans = groupby(enumerate(readings), key=lambda pair: pair[0] * share // max(len(readings), share))
+        kept += [max((reading for _, reading in span), key=lambda r: r.used_bytes) for _, span in spans]
+    return sorted(kept, key=lambda reading: reading.seconds)
+
+
+def tabulate_plan(plan: PlanReport) -> Table:
+    """One row: the plan for the chosen model."""
+    columns = [
+        Column("model", "model", "text"),
+        Column("documents", "documents"),
+        Column("nodes", "nodes"),
+        Column("tokens", "tokens"),
+        Column("longest_tokens", "longest node"),
+        Column("partitions", "partitions"),
+        Column("micro_batches", "micro-batches"),
+        Column("unmasked_token_fraction", "tokens without mask", "fraction"),
+        Column("padding_fraction", "padding", "fraction"),
+        Column("weights_bytes", "weights", "bytes"),
+        Column("budget_bytes", "budget", "bytes"),
+        Column("predicted_peak_bytes", "predicted peak", "bytes"),
+        Column("spilled_nodes", "would spill"),
+        Column("memory_model", "memory model", "text"),
+    ]
+    return Table("plan", "Plan", columns, [[getattr(plan, column.key) for column in columns]])
+
+
+def tabulate_models(plan: PlanReport) -> Table:
+    """The models side by side, by their public shapes."""
+    columns = [
+        Column("model", "model", "text"),
+        Column("parameters", "parameters", "text"),
+        Column("weights_bytes", "weights", "bytes"),
+        Column("fits", "fits", "text"),
+        Column("max_tokens", "max tokens"),
+        Column("largest_batch", "largest batch of longest"),
+        Column("spilled_nodes", "would spill"),
+        Column("relative_cost", "cost", "factor"),
+    ]
+    rows = [
+        (
+            fit.model,
+            f"{fit.parameters / 1e6:.0f}M",
+            fit.weights_bytes,
+            fit.fits,
+            fit.max_tokens,
+            fit.largest_batch,
+            fit.spilled_nodes,
+            round(fit.relative_cost, 4),
+        )
+        for fit in plan.models
+    ]
+    return Table("model", "Models side by side", columns, rows)
+
+
+def tabulate_calibration(report: CalibrationReport) -> Table:
+    """One row: the fitted model's key, its error and the device's speed."""
+    columns = [
+        Column("device", "device", "text"),
+        Column("device_total_bytes", "device memory", "bytes"),
+        Column("precision", "precision", "text"),
+        Column("attention", "attention", "text"),
+        Column("probes", "probes"),
+        Column("median_error", "median error", "fraction"),
+        Column("worst_under", "worst under", "fraction"),
+        Column("tokens_per_s", "tokens", "rate"),
+        Column("seconds", "time", "seconds"),
+    ]
+    key = report.key
+    row = (
+        key.device_name,
+        key.device_total_bytes,
+        key.precision,
+        key.attention,
+        len(report.samples),
+        report.median_error,
+        report.worst_under,
+        report.tokens_per_s,
+        report.seconds,
+    )
+    return Table("calibration", "Calibration", columns, [row])
+
+
+def tabulate_coefficients(report: CalibrationReport) -> Table:
+    """The fitted coefficients of peak = c0 + c1 b s + c2 b s^2, bytes."""
+    columns = [Column("name", "coefficient", "text"), Column("value", "bytes", "coefficient")]
+    return Table("coefficient", "peak = c0 + c1 b s + c2 b s^2", columns, list(report.coefficients.items()))
+
+
+def tabulate_probes(report: CalibrationReport) -> Table:
+    """The held-back probes: measured against predicted."""
+    columns = [
+        Column("nodes", "batch"),
+        Column("padded_tokens", "padded tokens"),
+        Column("masked", "masked", "text"),
+        Column("peak_bytes", "measured", "bytes"),
+        Column("predicted_bytes", "predicted", "bytes"),
+        Column("error", "error", "fraction"),
+    ]
+    rows = [
+        (
+            probe.nodes,
+            probe.padded_tokens,
+            probe.masked,
+            probe.peak_bytes,
+            predicted,
+            predicted / probe.peak_bytes - 1 if probe.peak_bytes else None,
+        )
+        for probe, predicted in zip(report.held_back, report.held_back_predictions, strict=True)
+    ]
+    return Table("held_back", "Held-back probes", columns, rows)
+
+
+# ---------------------------------------------------------------------------------------------- the run's report
+
+
+def render_report(summary: RunSummary, off: Sequence[str] | None = None) -> str:
+    """The run as Markdown, for its artifact. `off`: what keeps the books from closing, where the caller knows more."""
+    discrepancies = find_discrepancies(summary, off)
+    lines = [f"# {escape_markdown(summary.collection)}: books {'do not close' if discrepancies else 'closed'}", ""]
+    lines += [f"- **off:** {escape_markdown(line)}" for line in discrepancies]
+    lines += [
+        f"- model: {escape_markdown(summary.model)}",
+        f"- device: {escape_markdown(summary.device)}. {escape_markdown(summary.device_note)}",
+        f"- stored in: {escape_markdown(summary.physical_collection)}, "
+        f"fingerprint {escape_markdown(summary.fingerprint)}",
+        f"- {summary.tokens:,} tokens, {format_value(embedding_tokens_per_s(summary), 'rate')} while embedding; "
+        f"{format_value(summary.spilled_fraction, 'fraction')} of the nodes spilled to the CPU",
+        f"- time: {describe_times(summary.seconds)}",
+        f"- {describe_memory(summary)}",
+        "",
+    ]
+    sections = [tabulate_documents(summary.books), tabulate_nodes(summary.books)]
+    sections.append(tabulate_partitions(summary.partitions))
+    sections += [tabulate_ladder(report) for report in summary.partitions if report.steps]
+    sections.append(tabulate_memory(summary.memory_series, summary.budget_series))
+    sections.append(tabulate_rejections(summary.rejections))
+    for table in sections:
+        if table.rows:
+            lines += [f"## {table.title}", "", to_markdown(table)]
+    return "\n".join(lines)
+
+
+def find_discrepancies(summary: RunSummary, off: Sequence[str] | None = None) -> tuple[str, ...]:
+    """What keeps the books from closing: as the run found it, or, where it did not say, by the two equations."""
+    return tuple(off) if off else check_books(summary.books)
+
+
+def embedding_tokens_per_s(summary: RunSummary) -> float:
+    """Tokens a second while partitions were embedded; 0 where none was."""
+    seconds = sum(report.seconds for report in summary.partitions)
+    return sum(report.tokens for report in summary.partitions) / seconds if seconds else 0.0
+
+
+def describe_times(seconds: Mapping[str, float]) -> str:
+    """Total first: "12.0 s in all (chunk 3.0 s, embed 8.0 s)"."""
+    stages = ", ".join(f"{name} {format_value(value, 'seconds')}" for name, value in seconds.items() if name != "total")
+    total = format_value(seconds.get("total"), "seconds")
+    return f"{total} in all ({stages})" if stages else f"{total} in all"
+
+
+def describe_memory(summary: RunSummary) -> str:
+    """The highest peak of all partitions against the budget it was planned under."""
+    measured = [report for report in summary.partitions if report.peak_bytes is not None]
+    if not measured:
+        return "memory: the device does not tell a micro-batch's peak"
+    top = max(measured, key=lambda report: report.peak_bytes or 0)
+    return (
+        f"memory: peak of a micro-batch {format_bytes(top.peak_bytes or 0)} against a budget of "
+        f"{format_bytes(top.budget_bytes)} (partition {top.index})"
+    )
+
+
+def describe_steps(report: PartitionReport) -> str:
+    """The ladder in one line, for a state's message: "2 oom, 1 spill; batch 64 -> 1; 3 nodes on the CPU"."""
+    if not report.steps:
+        return "no ladder steps"
+    kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(step.kind for step in report.steps).items())
+    smallest = min(step.nodes_after for step in report.steps)
+    told = f"{kinds}; batch {report.steps[0].nodes_before} -> {smallest}"
+    if report.cpu_nodes and report.device != "cpu":
+        told += f"; {report.cpu_nodes} nodes on the CPU"
+    return told
+
+
+def describe_range(low: int, high: int) -> str:
+    """ "8-64", or "8" where they are the same."""
+    return str(low) if low == high else f"{low}-{high}"
+
+
+def hide_credentials(uri: str) -> str:
+    """A source or server as it may be shown: without user, password and query (a signed URL's signature)."""
+    if "://" not in uri:
+        return uri
+    return re.sub(r"\?.*$", "?...", re.sub(r"://[^/@\s]*@", "://...@", uri))
