@@ -35,7 +35,16 @@ WRAPPED: dict[str, set[str]] = {
     "torch_encoder": {"torch", "sentence_transformers", "transformers"},
 }
 # Libraries that must not load when a module is imported, only when it is used.
-HEAVY = {"torch", "transformers", "sentence_transformers", "llama_index", "qdrant_client", "pyarrow", "pynvml", "prefect"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "sentence_transformers",
+    "llama_index",
+    "qdrant_client",
+    "pyarrow",
+    "pynvml",
+    "prefect",
+}
 
 
 def modules(folder: str) -> list[Path]:
@@ -51,7 +60,10 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             assert node.module is not None
-            yield from ((f"{node.module}.{alias.name}" if node.module in ("tasks", "flows") else node.module, at_import) for alias in node.names)
+            yield from (
+                (f"{node.module}.{alias.name}" if node.module in ("tasks", "flows") else node.module, at_import)
+                for alias in node.names
+            )
 
 
 def walk(node: ast.AST, *, at_import: bool) -> Iterator[tuple[ast.AST, bool]]:
@@ -78,11 +90,19 @@ def allowed_for(path: Path) -> set[str]:
             return STDLIB | BASE
         case ("tasks", "policy", _):
             # Pure: no clock, no environment, no I/O. The standard library's doors to them are closed below.
-            return (STDLIB - {"os", "time", "random", "pathlib", "io", "subprocess", "socket", "threading"}) | {"numpy", "tasks.policy"} | BASE
+            return (
+                (STDLIB - {"os", "time", "random", "pathlib", "io", "subprocess", "socket", "threading"})
+                | {"numpy", "tasks.policy"}
+                | BASE
+            )
         case ("tasks", "backends", name):
             return STDLIB | {"numpy", "tasks.backends", "tasks.config"} | BASE | WRAPPED[name]
         case ("tasks", "engine", _):
-            return STDLIB | {"numpy", "tasks.policy", "tasks.backends", "tasks.engine", "tasks.config", "tasks.observe"} | BASE
+            return (
+                STDLIB
+                | {"numpy", "tasks.policy", "tasks.backends", "tasks.engine", "tasks.config", "tasks.observe"}
+                | BASE
+            )
         case ("tasks", _):
             return STDLIB | {"numpy", "prefect", "pydantic", "tasks"}
         case ("flows", "cli" | "terminal"):
@@ -99,7 +119,9 @@ def test_imports_follow_the_table(path: Path) -> None:
     assert not offending, f"{path.relative_to(ROOT)} imports {offending}"
 
 
-@pytest.mark.parametrize("path", modules("tasks/backends") + modules("tasks/engine") + modules("tasks/policy"), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", modules("tasks/backends") + modules("tasks/engine") + modules("tasks/policy"), ids=lambda path: path.stem
+)
 def test_heavy_libraries_load_lazily(path: Path) -> None:
     heavy = sorted({name for name, at_import in imports(path) if at_import and name.split(".")[0] in HEAVY})
     # A subclass needs its base class when it is defined: this module exists to be imported by LlamaIndex programs.
@@ -116,8 +138,24 @@ def test_policy_reads_no_environment_and_no_clock() -> None:
 
 def test_gpu_machine_needs_no_orchestration_packages() -> None:
     """The encoder, the memory model, the planner and the ladder import where there is only torch and numpy."""
-    blocked = ["prefect", "llama_index", "qdrant_client", "pydantic", "pyarrow", "fsspec", "psutil", "pynvml", "rich", "typer"]
-    names = ["tasks.backends.torch_encoder", "tasks.backends.process_encoder", "tasks.backends.cpu_pool", "tasks.backends.fake_encoder"]
+    blocked = [
+        "prefect",
+        "llama_index",
+        "qdrant_client",
+        "pydantic",
+        "pyarrow",
+        "fsspec",
+        "psutil",
+        "pynvml",
+        "rich",
+        "typer",
+    ]
+    names = [
+        "tasks.backends.torch_encoder",
+        "tasks.backends.process_encoder",
+        "tasks.backends.cpu_pool",
+        "tasks.backends.fake_encoder",
+    ]
     names += ["tasks.policy." + path.stem for path in modules("tasks/policy")]
     names += ["tasks.engine.embed_nodes", "tasks.engine.calibrate", "tasks.observe"]
     script = f"import sys\nfor name in {blocked}: sys.modules[name] = None\nimport importlib\nfor name in {names}: importlib.import_module(name)\n"

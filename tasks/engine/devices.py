@@ -1,0 +1,203 @@
+"""The devices of one process: the GPU in a process of its own if there is one, and the CPU pool beside it."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from tasks.backends.process_encoder import EncoderSpec, ProcessEncoder
+from tasks.config import BudgetSettings, EmbeddingSettings, IngestSettings
+from tasks.engine.cpu_pool import CpuPool
+from tasks.engine.embed_nodes import Embedded, NodeEmbedder, Watch, start_embedding
+from tasks.engine.measure_device import MeasuredDevice, measure_device, to_embed_settings
+from tasks.errors import ConfigError, DeviceError
+from tasks.observe import Observer
+from tasks.policy.failures import classify_failure
+from tasks.records import ModelFiles, TokenIds
+
+CORES_PER_CPU_WORKER = (
+    4  # more threads on one model gain little; fewer, and each worker's copy of the weights costs more
+)
+
+
+def find_cuda(environment: Mapping[str, str] | None = None, devices: Path = Path("/dev")) -> str | None:
+    """Why there is no CUDA device to try, None where there seems to be one. Loads no torch: that takes seconds and memory."""
+    visible = (os.environ if environment is None else environment).get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and visible.strip() in ("", "-1"):
+        return f"CUDA_VISIBLE_DEVICES={visible!r} hides every CUDA device"
+    # /dev/dxg is the door of the Windows subsystem for Linux, nvgpu that of NVIDIA's boards with shared memory.
+    if not any((devices / name).exists() for name in ("nvidia0", "nvidiactl", "dxg", "nvhost-gpu", "nvgpu")):
+        return "no CUDA device on this machine"
+    return None
+
+
+def choose_device(asked: str) -> tuple[str, str]:
+    """The device to try for embedding.device, and why it is the CPU where it is. Raises ConfigError for another name."""
+    if asked == "cpu":
+        return "cpu", "asked for by embedding.device"
+    if asked == "auto":
+        reason = find_cuda()
+        return ("cuda:0", "") if reason is None else ("cpu", reason)
+    if re.fullmatch(r"cuda(:\d+)?", asked) is None:
+        raise ConfigError(f"embedding.device is {asked!r}. It can be auto, cpu, cuda or cuda:N.")
+    return asked if ":" in asked else "cuda:0", ""
+
+
+def make_spec(
+    embedding: EmbeddingSettings, budget: BudgetSettings, files: ModelFiles, device: str, *, threads: int | None = None
+) -> EncoderSpec:
+    """How a device process builds its encoder."""
+    # A CPU computes in fp32 also where the GPU was told fp16: half precision is 3-5 times slower there, and the vectors agree.
+    precision = "fp32" if device == "cpu" else embedding.precision
+    return EncoderSpec(
+        files.path,
+        device,
+        classify_failure,
+        precision=precision,
+        fraction=budget.fraction,
+        revision=files.revision,
+        threads=threads,
+    )
+
+
+class Devices:
+    """What a run embeds on. `embedder` is None where there is no GPU: the CPU pool does it all."""
+
+    def __init__(
+        self,
+        embedder: NodeEmbedder | None,
+        pool: CpuPool,
+        *,
+        device: str,
+        note: str,
+        tokens_per_s: float,
+        observer: Observer,
+    ) -> None:
+        self.embedder = embedder
+        self.pool = pool
+        self.device = device
+        self.note = note
+        self.tokens_per_s = tokens_per_s
+        self.observer = observer
+
+    def embed(self, token_ids: Sequence[TokenIds], partition_index: int) -> Embedded:
+        """On the GPU, what it can't place goes to the pool; one caller at a time."""
+        if self.embedder is None:
+            raise DeviceError("There is no GPU to embed on: use spread_over_pool().")
+        progress = _Progress(self.observer, partition_index, len(token_ids), self.device)
+        return self.embedder.embed(
+            token_ids, Watch(progress, lambda step: self.observer.ladder_step(partition_index, step))
+        )
+
+    def spread_over_pool(self, token_ids: Sequence[TokenIds], partition_index: int, dimension: int) -> Embedded:
+        """A share for each worker of the pool, long and short nodes alike in each; collect_spilled() waits for them."""
+        embedded = start_embedding(token_ids, dimension, "cpu")
+        progress = _Progress(self.observer, partition_index, len(token_ids), "cpu")
+        watch = Watch(progress, lambda step: self.observer.ladder_step(partition_index, step))
+        for first in range(min(self.pool.workers, len(token_ids))):
+            rows = np.arange(first, len(token_ids), self.pool.workers)
+            share = token_ids[first :: self.pool.workers]
+            embedded.spilled.append((rows, self.pool.submit(share, watch)))
+        return embedded
+
+    def close(self) -> None:
+        if self.embedder is not None:
+            self.embedder.encoder.close()
+        self.pool.close()
+
+
+def start_devices(settings: IngestSettings, files: ModelFiles, observer: Observer) -> Devices:
+    """Load the model where the settings say, and calibrate. `auto` without a usable GPU goes to the CPU pool and says so.
+
+    Raises DeviceError where a device was asked for by name and can't be had, ModelError where the model can't be loaded.
+    """
+    embedding = settings.embedding
+    pool = _make_pool(settings, files)
+    device, reason = choose_device(embedding.device)
+    if device != "cpu":
+        observer.stage("device", f"loading {files.name} on {device}")
+        try:
+            return _start_gpu(settings, files, device, pool, observer)
+        except DeviceError as error:
+            if embedding.device != "auto":
+                pool.close()
+                raise
+            reason = f"CUDA can't be used: {error}"
+    observer.stage("device", f"loading {files.name} on the CPU pool")
+    try:
+        measured = pool.start()
+    except BaseException:
+        pool.close()
+        raise
+    note = f"CPU pool, {pool.workers} process{'es' if pool.workers > 1 else ''}: {reason}"
+    return Devices(
+        None, pool, device="cpu", note=note, tokens_per_s=measured.tokens_per_s * pool.workers, observer=observer
+    )
+
+
+def _start_gpu(settings: IngestSettings, files: ModelFiles, device: str, pool: CpuPool, observer: Observer) -> Devices:
+    spec = make_spec(settings.embedding, settings.budget, files, device)
+    encoder = ProcessEncoder(spec, batch_timeout_s=settings.embedding.batch_timeout_s)
+    try:
+        info = encoder.describe()
+        observer.stage("calibrate", info.key.device_name)
+        measured = measure_device(encoder, settings.embedding, settings.budget, settings.data_folder)
+    except BaseException:
+        encoder.close()
+        raise
+    spill = pool if settings.embedding.spill_to_cpu else None
+    embedder = NodeEmbedder(
+        encoder, measured.fit, to_embed_settings(settings.budget, info, measured.launch_tokens), spill=spill
+    )
+    note = f"{info.key.device_name} ({info.device}), {info.key.precision}; memory model: {measured.note}"
+    return Devices(embedder, pool, device=info.device, note=note, tokens_per_s=measured.tokens_per_s, observer=observer)
+
+
+def _make_pool(settings: IngestSettings, files: ModelFiles) -> CpuPool:
+    cores = len(os.sched_getaffinity(0))
+    workers = settings.embedding.cpu_workers or max(1, cores // CORES_PER_CPU_WORKER)
+    # The CPU's share of a mixed collection is fp32 whatever the GPU computes in: the vectors agree.
+    precision = "fp32" if settings.embedding.precision == "auto" else settings.embedding.precision
+    spec = EncoderSpec(
+        files.path,
+        "cpu",
+        classify_failure,
+        precision=precision,
+        revision=files.revision,
+        threads=max(1, cores // workers),
+    )
+
+    def make_worker() -> tuple[NodeEmbedder, MeasuredDevice]:
+        encoder = ProcessEncoder(spec, batch_timeout_s=settings.embedding.batch_timeout_s)
+        try:
+            measured = measure_device(encoder, settings.embedding, settings.budget, settings.data_folder)
+            embed_settings = to_embed_settings(settings.budget, encoder.describe(), measured.launch_tokens)
+        except BaseException:
+            encoder.close()
+            raise
+        return NodeEmbedder(encoder, measured.fit, embed_settings), measured
+
+    return CpuPool(make_worker, workers)
+
+
+class _Progress:
+    """Counts a partition's nodes for the observer; called from several of the pool's threads."""
+
+    def __init__(self, observer: Observer, partition_index: int, nodes: int, device: str) -> None:
+        self._observer = observer
+        self._partition_index = partition_index
+        self._nodes = nodes
+        self._device = device
+        self._done = 0
+        self._lock = threading.Lock()
+
+    def __call__(self, nodes: int, tokens: int) -> None:
+        with self._lock:
+            self._done += nodes
+            done = self._done
+        self._observer.micro_batch_done(self._partition_index, done, self._nodes, tokens, self._device)

@@ -1,0 +1,296 @@
+"""One ingest run: what its stages share, from the model's files to the books. The flow gives the order, this the means."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tasks.backends.model_files import resolve_model
+from tasks.backends.nvml import MemorySampler
+from tasks.backends.qdrant import QdrantStore, open_store
+from tasks.backends.sources import Source, open_source
+from tasks.backends.spool import SpoolFolder
+from tasks.config import IngestSettings
+from tasks.engine.chunk import ChunkSpec, iter_chunked
+from tasks.engine.chunk_settings import compute_run_fingerprint, count_chunk_workers, make_chunk_spec
+from tasks.engine.devices import Devices, start_devices
+from tasks.engine.embed_nodes import MISSING, ON_CPU, ON_DEVICE, Embedded
+from tasks.engine.fill_partitions import Progress, fill_partitions, select_new_nodes
+from tasks.errors import BooksDontClose
+from tasks.observe import Observer, current_observer
+from tasks.policy.books import Ledgerbook
+from tasks.policy.partitions import MIN_PARTITION_TOKENS, PartitionBuilder, choose_partition_tokens
+from tasks.records import Books, ModelFiles, Partition, PartitionReport, Payload, RunSummary
+
+logger = logging.getLogger(__name__)
+
+NOTHING_TO_EMBED = "nothing new to embed: no model was loaded"
+
+
+@dataclass(frozen=True, slots=True)
+class _BoundCollection:
+    """The store's questions about nodes, bound to the run's collection."""
+
+    store: QdrantStore
+    physical: str
+
+    def existing_generations(self, ids: Sequence[str]) -> Mapping[str, str]:
+        return self.store.existing_generations(self.physical, ids)
+
+    def refresh_payloads(self, ids: Sequence[str], payloads: Sequence[Payload]) -> None:
+        self.store.refresh_payloads(self.physical, ids, payloads)
+
+
+class IngestRun:
+    """Made by open_run(). Its stages run in several threads: spooling, embedding and upserting overlap."""
+
+    def __init__(
+        self,
+        settings: IngestSettings,
+        files: ModelFiles,
+        source: Source,
+        store: QdrantStore,
+        physical: str,
+        spec: ChunkSpec,
+        observer: Observer,
+    ) -> None:
+        self.settings = settings
+        self.files = files
+        self.source = source
+        self.store = store
+        self.physical = physical
+        self.fingerprint = spec.fingerprint
+        self.observer = observer
+        self.spool = SpoolFolder(f"{settings.spool or f'{settings.data_folder}/spool'}/{physical}")
+        self.books = Ledgerbook()
+        self.reports: dict[int, PartitionReport] = {}
+        self.sampler = MemorySampler()
+        self.devices: Devices | None = None
+        self._books_lock = threading.Lock()
+        self._device_lock = threading.Lock()
+        self._devices_wanted = threading.Event()
+        self._devices_ready = threading.Event()
+        self._exhausted = False
+        self._points_counted = 0
+        self._started = time.monotonic()
+        self._stage_seconds: Counter[str] = Counter()
+        progress = Progress(source.total_bytes())
+        chunked = iter_chunked(iter(source), spec, count_chunk_workers(settings.chunking))
+        nodes = select_new_nodes(chunked, _BoundCollection(store, physical), self.books, self._books_lock, progress)
+        self._partitions = fill_partitions(nodes, self.spool, progress, self._new_builder)
+
+    # ------------------------------------------------------------------------------------------ stages
+
+    def start_devices(self) -> str:
+        """Wait for the first node to embed, load the model and calibrate; returns what the run embeds on, and why.
+
+        A run that finds nothing new loads no model.
+        """
+        self._devices_wanted.wait()
+        if self._exhausted:
+            return NOTHING_TO_EMBED
+        with self._timed("devices"):
+            try:
+                self.devices = start_devices(self.settings, self.files, self.observer)
+            finally:
+                self._devices_ready.set()
+            self.sampler.start(self.devices.gpu_uuids)
+        self.observer.note(self.devices.note)
+        return self.devices.note
+
+    def spool_next_partition(self) -> Partition | None:
+        """Read, chunk and compare until a partition is full; None at the end of the source. One caller at a time."""
+        try:
+            with self._timed("chunk"):
+                partition = next(self._partitions, None)
+        except BaseException:
+            self._end_of_source()
+            raise
+        if partition is None:
+            self._end_of_source()
+        else:
+            self.observer.partition_spooled(partition)
+        return partition
+
+    def embed_partition(self, partition: Partition) -> PartitionReport:
+        """Vectors for every node, in the spool before anything else happens to them."""
+        devices = self._need_devices()
+        nodes = self.spool.read_partition(partition)
+        token_ids = [node.token_ids for node in nodes]
+        started = time.monotonic()
+        if devices.embedder is None:
+            embedded = devices.spread_over_pool(token_ids, partition.index, self.files.dimension)
+        else:
+            # The device takes one partition at a time; while the CPU pool finishes what this one spilled, the next goes on.
+            with self._device_lock:
+                started = time.monotonic()
+                embedded = devices.embed(token_ids, partition.index)
+        embedded.collect_spilled()
+        report = _to_report(partition, embedded, time.monotonic() - started)
+        good = np.flatnonzero(embedded.placed != MISSING)
+        self.spool.write_vectors(partition, good, embedded.vectors[good])
+        with self._books_lock:
+            self.books.nodes_gpu += report.gpu_nodes
+            self.books.nodes_cpu += report.cpu_nodes
+            for row, reason in embedded.failed.items():
+                self.books.fail_nodes([nodes[row].doc_id], reason)
+            self._stage_seconds["embed"] += report.seconds
+            self.reports[partition.index] = report
+        logger.info(
+            "partition index=%d nodes=%d tokens=%d device=%s gpu_nodes=%d cpu_nodes=%d failed_nodes=%d batch=%d-%d oom_steps=%d"
+            " peak_bytes=%s tokens_per_s=%.0f",
+            report.index, report.nodes, report.tokens, report.device, report.gpu_nodes, report.cpu_nodes, len(report.failed_nodes),
+            report.batch_min, report.batch_max, sum(step.kind == "oom" for step in report.steps), report.peak_bytes, report.tokens_per_s,
+        )  # fmt: skip
+        self.observer.partition_done(report)
+        return report
+
+    def upsert_partition(self, partition: Partition) -> int:
+        """Points into Qdrant, counted exactly; can be repeated. Returns how many are there."""
+        with self._timed("upsert"):
+            nodes = self.spool.read_partition(partition)
+            rows, vectors = self.spool.read_vectors(partition)
+            stored = [nodes[row] for row in rows]
+            ids = [node.node_id for node in stored]
+            self.store.upsert(self.physical, ids, vectors, [node.payload for node in stored])
+            counted = self.store.count_ids(self.physical, ids)
+        with self._books_lock:
+            self.books.store_nodes(node.doc_id for node in stored)
+            self._points_counted += counted
+        self.spool.remove_partition(partition)
+        return counted
+
+    def close_books(self) -> tuple[RunSummary, tuple[str, ...]]:
+        """The run's summary, and every line of its books that is off."""
+        with self._books_lock:
+            reused = self.books.close(0)[0].nodes_reused
+            books, off = self.books.close(self._points_counted + reused)
+        self._stage_seconds["total"] = time.monotonic() - self._started
+        return self._summarise(books), off
+
+    def close(self) -> None:
+        """End every process and connection; the spool's files stay where a partition was not stored."""
+        if self.devices is not None:
+            self.devices.close()
+        self.sampler.stop()
+        self._partitions.close()
+        self.store.close()
+
+    # ------------------------------------------------------------------------------------------ parts
+
+    def _need_devices(self) -> Devices:
+        if self.devices is None:
+            raise RuntimeError("embed_partition before start_devices")
+        return self.devices
+
+    def _end_of_source(self) -> None:
+        self._exhausted = self._exhausted or not self._devices_wanted.is_set()
+        self._devices_wanted.set()
+
+    def _new_builder(self) -> PartitionBuilder:
+        """The limits of the next partition. Its tokens follow from what the device embeds in a second, once that is known."""
+        self._devices_wanted.set()
+        limits = self.settings.partition
+        if limits.max_tokens is not None:
+            max_tokens = limits.max_tokens
+        else:
+            self._devices_ready.wait()
+            speed = self.devices.tokens_per_s if self.devices else 0.0
+            max_tokens = choose_partition_tokens(speed, limits.target_s) if speed else MIN_PARTITION_TOKENS
+        return PartitionBuilder(
+            max_nodes=limits.max_nodes, max_tokens=max_tokens, max_host_bytes=int(limits.max_host_bytes)
+        )
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            with self._books_lock:
+                self._stage_seconds[stage] += time.monotonic() - started
+
+    def _summarise(self, books: Books) -> RunSummary:
+        reports = [self.reports[index] for index in sorted(self.reports)]
+        return RunSummary(
+            collection=self.settings.qdrant.collection,
+            physical_collection=self.physical,
+            model=self.files.name,
+            fingerprint=self.fingerprint,
+            device=self.devices.device if self.devices else "none",
+            device_note=self.devices.note if self.devices else NOTHING_TO_EMBED,
+            books=books,
+            rejections=self.books.rejections(),
+            partitions=reports,
+            memory_series=self.sampler.series(),
+            tokens=sum(report.tokens for report in reports),
+            seconds=dict(self._stage_seconds),
+        )
+
+
+def open_run(settings: IngestSettings, environment: Mapping[str, str] | None = None) -> IngestRun:
+    """Everything that can be refused is refused here, before a model is loaded: source, model files, collection.
+
+    Raises SourceError, ModelError, ConfigError, StoreMismatch, StoreLocked, StoreUnavailable.
+    """
+    observer = current_observer.get()
+    observer.stage("source", settings.source.uri)
+    source = open_source(settings.source)
+    observer.stage("model", settings.embedding.model)
+    files = resolve_model(settings.embedding.model, settings.embedding.revision)
+    spec = make_chunk_spec(settings, files, compute_run_fingerprint(settings, files))
+    observer.stage("collection", settings.qdrant.collection)
+    store = open_store(settings.qdrant, settings.data_folder, environment=environment or os.environ)
+    try:
+        physical = store.prepare_collection(
+            settings.qdrant.collection, dimension=files.dimension, fingerprint=spec.fingerprint, model=files.name
+        )
+        run = IngestRun(settings, files, source, store, physical, spec, observer)
+        run.spool.clear()  # what a run of this collection left behind that did not end
+    except BaseException:
+        store.close()
+        raise
+    return run
+
+
+def refuse_open_books(off: Sequence[str]) -> None:
+    """Raises BooksDontClose with the lines that are off."""
+    if off:
+        raise BooksDontClose(
+            "The books of this run don't close: "
+            + "; ".join(off)
+            + ". Nothing was deleted; run the same command again, "
+            "stored nodes are not embedded twice. If it persists, report it with the run's --json."
+        )
+
+
+def _to_report(partition: Partition, embedded: Embedded, seconds: float) -> PartitionReport:
+    failed = {str(row): reason for row, reason in embedded.failed.items()}
+    return PartitionReport(
+        index=partition.index,
+        nodes=partition.nodes,
+        tokens=partition.tokens,
+        gpu_nodes=int((embedded.placed == ON_DEVICE).sum()),
+        cpu_nodes=int((embedded.placed == ON_CPU).sum()),
+        failed_nodes=failed,
+        micro_batches=len(embedded.batch_sizes),
+        batch_min=min(embedded.batch_sizes, default=0),
+        batch_max=max(embedded.batch_sizes, default=0),
+        peak_bytes=embedded.peak_bytes,
+        budget_bytes=embedded.budget_bytes,
+        seconds=seconds,
+        padding_tokens=embedded.padding_tokens,
+        redone_fp32=embedded.redone_fp32,
+        steps=tuple(embedded.steps),
+        device=embedded.device,
+    )

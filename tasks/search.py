@@ -1,0 +1,56 @@
+"""`ballast search`: embed a question with the collection's own model and look it up."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from tasks.backends.model_files import resolve_model
+from tasks.backends.process_encoder import ProcessEncoder
+from tasks.backends.qdrant import open_store
+from tasks.backends.tokenizer import NodeTokenizer
+from tasks.config import BudgetSettings, EmbeddingSettings, QdrantSettings
+from tasks.engine.devices import choose_device, make_spec
+from tasks.errors import ConfigError, DeviceError, StoreMismatch
+from tasks.records import SearchHit
+
+
+def search_collection(
+    question: str,
+    *,
+    embedding: EmbeddingSettings,
+    qdrant: QdrantSettings,
+    data_folder: str,
+    limit: int = 5,
+    environment: Mapping[str, str] | None = None,
+) -> list[SearchHit]:
+    """The passages nearest to the question, best first. The model is the collection's unless embedding.model names one.
+
+    Raises ConfigError for an empty question, StoreError where the collection is not there, StoreMismatch for a model that
+    did not make the collection, ModelError where the model can't be found.
+    """
+    if not question.strip():
+        raise ConfigError("The question is empty. Give some words to search for.")
+    store = open_store(qdrant, data_folder, environment=os.environ if environment is None else environment)
+    try:
+        made_with = store.collection_model(qdrant.collection)
+        named = "model" in embedding.model_fields_set
+        files = resolve_model(embedding.model if named else str(made_with["model"]), embedding.revision)
+        if files.revision != made_with["revision"]:
+            raise StoreMismatch(
+                f"Collection {qdrant.collection!r} was made with {made_with['model']} at revision {made_with['revision'][:12]}, "
+                f"{files.name} is at {files.revision[:12]}: their vectors don't compare. Search with --model {made_with['model']}, "
+                "or ingest again into another collection."
+            )
+        tokens = NodeTokenizer(files.path, query_prompt=files.query_prompt).encode_query(question)
+        device, _reason = choose_device(embedding.device)
+        encoder = ProcessEncoder(make_spec(embedding, BudgetSettings(), files, device))
+        try:
+            outcome = encoder.encode([tokens[: files.max_tokens]])
+        finally:
+            encoder.close()
+        if outcome.vectors is None:
+            raise DeviceError(f"The question could not be embedded: {outcome.message}. Try --device cpu.")
+        return store.search(qdrant.collection, outcome.vectors[0], limit)
+    finally:
+        store.close()
