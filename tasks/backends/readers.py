@@ -1,0 +1,279 @@
+"""One file, one document: md, txt, html, pdf, docx. Runs in worker processes; a file that can't be read is a Rejection.
+
+LlamaIndex's readers are not called, the libraries below them are: PDFReader retries every error three times and returns
+one document a page; HTMLTagReader keeps one kind of tag and loses all else; MarkdownReader drops links and splits; none
+of them tells an encrypted, scanned, mis-encoded or torn file from an empty one.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+import struct
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable
+from typing import Any, Literal
+from xml.etree import ElementTree
+
+from tasks.backends.filesystem import connect_to_file, describe_too_large, explain_io_error, io_errors, read_bytes
+from tasks.backends.texts import (
+    Unusable,
+    clean_metadata,
+    clean_text,
+    clean_title,
+    decode_text,
+    file_metadata,
+    find_byte_order_mark,
+    is_blank,
+    is_encoding,
+    to_json_value,
+)
+from tasks.config import SourceSettings
+from tasks.records import Document, FileRef, Rejection
+
+logger = logging.getLogger(__name__)
+
+Parsed = tuple[str, dict[str, Any], Literal["text", "markdown"]]
+
+_FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
+_HEADING = re.compile(r" {0,3}#\s+(.+?)\s*#*\s*$")
+_FRONT_MATTER = re.compile(r"\A---[ \t]*\n(.*?)\n(?:---|\.\.\.)[ \t]*(?:\n|\Z)", re.DOTALL)
+_MAX_FRONT_MATTER_CHARS = 64 * 1024
+_DROPPED_TAGS = ("script", "style", "nav", "template", "noscript", "svg", "iframe", "head")
+_OLE_MAGIC = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"
+_CORE_TITLE = "{http://purl.org/dc/elements/1.1/}title"
+
+
+def read_file(ref: FileRef, settings: SourceSettings) -> Document | Rejection:
+    """The document in `ref`, or why there is none: what is wrong with a file is never raised. For a process pool."""
+    try:
+        return _read_document(ref, settings)
+    except Unusable as problem:
+        return Rejection(ref.doc_id, problem.status, "read", problem.reason, ref.source_bytes)
+    except io_errors() as error:
+        return Rejection(ref.doc_id, "failed", "read", explain_io_error(error), ref.source_bytes)
+
+
+def _read_document(ref: FileRef, settings: SourceSettings) -> Document:
+    if ref.source_bytes > settings.max_file_bytes:
+        raise Unusable(describe_too_large(ref.source_bytes, settings.max_file_bytes))
+    data = read_bytes(connect_to_file(ref.uri, settings.uri), ref.uri, settings.max_file_bytes)
+    if not data:
+        raise Unusable("empty file", "skipped")
+    text, found, text_format = _PARSERS[ref.format](data, settings)
+    text = clean_text(text)
+    if is_blank(text):
+        raise Unusable("no text in it", "skipped")
+    metadata = {**clean_metadata(found), **file_metadata(ref.doc_id, ref.format)}
+    return Document(ref.doc_id, text, metadata, text_format, ref.source_bytes)
+
+
+# ---------------------------------------------------------------------------------------------- text and Markdown
+
+
+def _parse_text(data: bytes, settings: SourceSettings) -> Parsed:
+    return decode_text(data, settings.encoding), {}, "text"
+
+
+def _parse_markdown(data: bytes, settings: SourceSettings) -> Parsed:
+    """Raw Markdown without its front matter, which becomes metadata; title: the one in it, else the first # heading."""
+    text = decode_text(data, settings.encoding)
+    metadata: dict[str, Any] = {}
+    match = _FRONT_MATTER.match(text)
+    if match and match.end() <= _MAX_FRONT_MATTER_CHARS:
+        front_matter = _parse_front_matter(match.group(1))
+        if front_matter is not None:
+            metadata, text = front_matter, text[match.end() :].lstrip("\n")
+    title = metadata.get("title")
+    title = title if isinstance(title, str) else _find_heading(text)
+    if title:
+        metadata["title"] = clean_title(title)
+    return text, metadata, "markdown"
+
+
+def _parse_front_matter(block: str) -> dict[str, Any] | None:
+    """Its scalars and lists of scalars; None where it is no YAML mapping (a page may well begin with a rule)."""
+    import yaml  # type: ignore[import-untyped]
+
+    try:
+        values = yaml.safe_load(block)
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date such as 2026-13-45
+        return None
+    if not isinstance(values, dict):
+        return None
+    # No deeper: nested aliases of some lines unfold to gigabytes.
+    flat = {key: value for key, value in values.items() if _is_scalar(value) or _is_flat_list(value)}
+    return {str(key): to_json_value(value) for key, value in flat.items()}
+
+
+def _is_scalar(value: object) -> bool:
+    return not isinstance(value, dict | list | set | tuple)
+
+
+def _is_flat_list(value: object) -> bool:
+    return isinstance(value, list) and all(_is_scalar(item) for item in value)
+
+
+def _find_heading(text: str) -> str | None:
+    fence = ""
+    for line in io.StringIO(text):
+        mark = _FENCE.match(line)
+        if mark and (not fence or mark.group(1).startswith(fence)):
+            fence = "" if fence else mark.group(1)
+        elif not fence and (heading := _HEADING.match(line)):
+            return heading.group(1)
+    return None
+
+
+# ---------------------------------------------------------------------------------------------- HTML
+
+
+def _parse_html(data: bytes, settings: SourceSettings) -> Parsed:
+    """Markdown of the page's content, so that headings stay headings; title: <title>, else the first h1."""
+    from bs4 import BeautifulSoup, MarkupResemblesLocatorWarning, XMLParsedAsHTMLWarning
+    from bs4.exceptions import ParserRejectedMarkup
+    from markdownify import MarkdownConverter
+
+    text = decode_text(data, _find_charset(data) or settings.encoding)
+    try:
+        with warnings.catch_warnings():
+            # XHTML is read as HTML on purpose, and a page that consists of one URL is still a page.
+            warnings.simplefilter("ignore", XMLParsedAsHTMLWarning)
+            warnings.simplefilter("ignore", MarkupResemblesLocatorWarning)
+            soup = BeautifulSoup(text, "lxml")
+        title = soup.title or soup.h1
+        metadata = {"title": clean_title(title.get_text(" "))} if title and title.get_text(strip=True) else {}
+        for tag in soup(_DROPPED_TAGS):
+            tag.decompose()
+        # Links and pictures as their text: an address in a node is noise to the embedding. Nothing is escaped, since a
+        # reader of the passage sees the Markdown as it is.
+        body = MarkdownConverter(
+            heading_style="atx",
+            bullets="-",
+            strip=["a", "img"],
+            escape_asterisks=False,
+            escape_underscores=False,
+            table_infer_header=True,
+        ).convert_soup(soup)
+    except ParserRejectedMarkup as error:
+        raise Unusable(f"not readable as HTML: {error}") from error
+    except RecursionError as error:
+        raise Unusable("HTML nested too deep to be read") from error
+    return re.sub(r"\n{3,}", "\n\n", body).strip(), metadata, "markdown"
+
+
+def _find_charset(data: bytes) -> str | None:
+    """The charset that the page declares, if Python has it; browsers read latin-1 as cp1252, and so do we."""
+    from bs4.dammit import EncodingDetector
+
+    if find_byte_order_mark(data):
+        return None
+    declared: str | None = EncodingDetector.find_declared_encoding(data, is_html=True)
+    if declared is None or declared.startswith("utf-16"):  # read as single bytes, so it can't be UTF-16
+        return None
+    if declared in ("iso-8859-1", "latin-1", "latin1", "us-ascii", "ascii"):
+        return "cp1252"
+    return declared if is_encoding(declared) else None
+
+
+# ---------------------------------------------------------------------------------------------- PDF and docx
+
+# What pypdf raises beside its own errors, since it trusts the types and keys that a file claims. 17,600 PDFs with bytes
+# changed, cut and doubled raised the first five; pypdf warns of more, and the others are what such trust leads to.
+_PDF_DAMAGE = (
+    ValueError,
+    NotImplementedError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    LookupError,
+    ArithmeticError,
+    RecursionError,
+    EOFError,
+    struct.error,
+    zlib.error,
+)
+
+
+def _parse_pdf(data: bytes, _settings: SourceSettings) -> Parsed:
+    """The pages' text, joined with blank lines."""
+    import pypdf
+    from pypdf.errors import DependencyError, FileNotDecryptedError, PyPdfError
+
+    try:
+        pdf = pypdf.PdfReader(io.BytesIO(data))
+        if pdf.is_encrypted and not pdf.decrypt(""):
+            raise Unusable("encrypted: it needs a password. Save it without one")
+        pages = [page.extract_text().strip() for page in pdf.pages]
+        title = pdf.metadata.title if pdf.metadata else None
+    except (DependencyError, FileNotDecryptedError) as error:
+        raise Unusable(f"encrypted: {error}. Save it without a password") from error
+    except (PyPdfError, *_PDF_DAMAGE) as error:
+        raise Unusable(f"damaged PDF: {type(error).__name__} {error}") from error
+    without_text = sum(is_blank(page) for page in pages)
+    if without_text == len(pages):
+        raise Unusable(
+            f"no text layer on any of its {len(pages)} pages: a scan, or drawings. Run OCR on it first (ocrmypdf)"
+        )
+    metadata: dict[str, Any] = {"pages": len(pages)}
+    if without_text:
+        # A scan among pages of text is read as far as it goes, and says so where it is stored.
+        metadata["pages_without_text"] = without_text
+        logger.warning("PDF with pages without a text layer: pages=%d without_text=%d", len(pages), without_text)
+    if isinstance(title, str) and not is_blank(title):
+        metadata["title"] = clean_title(title)
+    return "\n\n".join(page for page in pages if page), metadata, "text"
+
+
+_DOCX_DAMAGE = (
+    zipfile.BadZipFile,
+    zipfile.LargeZipFile,
+    zlib.error,
+    ElementTree.ParseError,
+    LookupError,
+    ValueError,
+    NotImplementedError,
+    EOFError,
+    OSError,
+    RuntimeError,
+    struct.error,
+)
+
+
+def _parse_docx(data: bytes, settings: SourceSettings) -> Parsed:
+    """The text of headers, body and footers, as docx2txt (which LlamaIndex's DocxReader calls) finds it."""
+    import docx2txt
+
+    if data.startswith(_OLE_MAGIC):
+        raise Unusable("an old .doc, or a .docx with a password. Save it as a .docx without one")
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            # Some kilobytes of zip can unpack to gigabytes; zipfile does not go beyond the sizes declared here.
+            unpacked = sum(member.file_size for member in archive.infolist() if member.filename.endswith(".xml"))
+            if unpacked > settings.max_file_bytes:
+                raise Unusable(f"unpacked, {describe_too_large(unpacked, settings.max_file_bytes)}")
+            title = _find_docx_title(archive)
+        text = docx2txt.process(io.BytesIO(data))
+    except _DOCX_DAMAGE as error:
+        raise Unusable(f"damaged docx: {type(error).__name__} {error}") from error
+    metadata = {"title": clean_title(title)} if title and not is_blank(title) else {}
+    return re.sub(r"\n{3,}", "\n\n", text), metadata, "text"
+
+
+def _find_docx_title(archive: zipfile.ZipFile) -> str | None:
+    if "docProps/core.xml" not in archive.namelist():
+        return None
+    core = archive.read("docProps/core.xml")
+    return ElementTree.fromstring(core).findtext(_CORE_TITLE)  # noqa: S314  expat stops entities that unfold without end
+
+
+_PARSERS: dict[str, Callable[[bytes, SourceSettings], Parsed]] = {
+    "md": _parse_markdown,
+    "txt": _parse_text,
+    "html": _parse_html,
+    "pdf": _parse_pdf,
+    "docx": _parse_docx,
+}

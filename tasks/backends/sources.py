@@ -1,0 +1,231 @@
+"""Document sources: list a file, a folder, a glob or an fsspec URL, then hand out what is in it, in a fixed order."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import PurePosixPath
+from typing import Any
+
+from tasks.backends.filesystem import connect, explain_io_error, hide_secrets, io_errors, is_local, is_web
+from tasks.backends.tables import read_table
+from tasks.backends.texts import is_encoding
+from tasks.config import SourceSettings
+from tasks.errors import ConfigError, SourceError
+from tasks.records import Document, FileRef, Rejection
+
+FORMATS = ("md", "txt", "html", "pdf", "docx", "csv", "jsonl", "parquet")
+TABLES = ("csv", "jsonl", "parquet")
+_ALIASES = {
+    "markdown": "md",
+    "text": "txt",
+    "htm": "html",
+    "xhtml": "html",
+    "tsv": "csv",
+    "ndjson": "jsonl",
+    "pq": "parquet",
+}
+_HIDDEN = (".", "~$")  # ~$: the lock file an office program leaves beside a document that is open
+
+
+class Source:
+    """What was listed: names and sizes, no contents. Iterates as often as wanted; tables are read row by row meanwhile.
+
+    Yields a FileRef for a file that holds one document (read_file reads it, in another process), a Document for a row
+    of a table, and a Rejection for what is not read. Sorted by doc_id, rows in their file's order.
+    """
+
+    def __init__(self, name: str, fs: Any, entries: list[FileRef | Rejection], settings: SourceSettings) -> None:
+        self.name = name
+        self._fs = fs
+        self._entries = entries
+        self._settings = settings
+
+    def total_bytes(self) -> int:
+        """Sizes of all files listed, rejected ones too: what the source_bytes of everything yielded add up to."""
+        return sum(entry.source_bytes for entry in self._entries)
+
+    def __iter__(self) -> Iterator[FileRef | Document | Rejection]:
+        for entry in self._entries:
+            if isinstance(entry, FileRef) and entry.format in TABLES:
+                yield from read_table(self._fs, entry, self._settings)
+            else:
+                yield entry
+
+
+def open_source(settings: SourceSettings) -> Source:
+    """List it. Raises SourceError: not there, not listable, nothing to read in it; ConfigError: format or encoding."""
+    _check_settings(settings)
+    name = hide_secrets(settings.uri)
+    fs, path = connect(settings.uri)
+    # A listing that was cached for the last run would hide what has been added since.
+    fs.invalidate_cache()
+    try:
+        entries = _list_entries(fs, path, settings)
+    except ValueError as error:  # "**" as part of a name
+        raise SourceError(f"The source {name} is not a glob: {error}") from error
+    except io_errors() as error:
+        if isinstance(error, FileNotFoundError):
+            here = f", seen from {os.getcwd()}" if is_local(fs) and not os.path.isabs(settings.uri) else ""  # noqa: PTH109, PTH117
+            raise SourceError(
+                f"The source {name} does not exist{here}. Give a file, a folder, a glob or a URL."
+            ) from error
+        raise SourceError(f"The source {name} can't be listed: {explain_io_error(error)}") from error
+    _refuse_nothing_to_read(name, entries, settings)
+    # By code points: the same on every machine, whatever its locale.
+    return Source(name, fs, sorted(entries, key=lambda entry: entry.doc_id), settings)
+
+
+def _check_settings(settings: SourceSettings) -> None:
+    unknown = [name for name in settings.formats if name not in FORMATS]
+    if unknown:
+        raise ConfigError(f"source.formats has {', '.join(unknown)}; what can be read is {', '.join(FORMATS)}.")
+    if not is_encoding(settings.encoding):
+        raise ConfigError(
+            f"source.encoding is {settings.encoding!r}; use a name that Python knows: utf-8, cp1252, utf-16-le."
+        )
+
+
+def _refuse_nothing_to_read(name: str, entries: list[FileRef | Rejection], settings: SourceSettings) -> None:
+    # A folder that could not be listed is a failed document: that ends the run red by itself, and says more.
+    if any(isinstance(entry, FileRef) or entry.status == "failed" for entry in entries):
+        return
+    suffixes = Counter(PurePosixPath(entry.doc_id).suffix or "without a suffix" for entry in entries)
+    others = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(8)) or "no files at all"
+    raise SourceError(
+        f"No document found in {name}: {others}. Formats read: {', '.join(settings.formats)} (source.formats)."
+    )
+
+
+# ---------------------------------------------------------------------------------------------- listing
+
+
+def _list_entries(fs: Any, path: str, settings: SourceSettings) -> list[FileRef | Rejection]:
+    magic = "*[" if is_web(fs) else "*?["  # in a web address ? begins the query
+    if any(sign in path for sign in magic) and not fs.exists(path):
+        parts = path.split("/")
+        fixed = next(place for place, part in enumerate(parts) if any(sign in part for sign in magic))
+        root = "/".join(parts[:fixed]) or fs.root_marker
+        return list(_Listing(fs, root, settings, tuple(parts[fixed:])).walk())
+    info = fs.info(path)
+    listing = _Listing(fs, path, settings)
+    if info["type"] == "directory" or (is_web(fs) and path.endswith("/")):
+        return list(listing.walk())
+    name = path.rstrip("/").rsplit("/", 1)[-1]
+    return [listing.to_entry(name.split("?")[0] if is_web(fs) else name, info)]
+
+
+@dataclass(slots=True)
+class _Listing:
+    """One walk over a folder, or over what a glob can reach of it."""
+
+    fs: Any
+    root: str
+    settings: SourceSettings
+    pattern: tuple[str, ...] = ()
+    listed: set[str] = field(default_factory=set)  # folders, by their real path where there are links
+
+    def walk(self) -> Iterator[FileRef | Rejection]:
+        """Links to folders come last, so that a folder is listed under its own name where it has one here."""
+        from fsspec.utils import glob_translate
+
+        matches = re.compile(glob_translate("/".join(self.pattern)) if self.pattern else ".*", re.DOTALL).match
+        folders = [self.root]
+        links: list[str] = []
+        while folders or links:
+            folder = folders.pop() if folders else links.pop()
+            problem = self._find_loop(folder)
+            if problem:
+                yield self._reject(folder, "skipped", problem)
+                continue
+            try:
+                found = sorted(self.fs.ls(folder, detail=True), key=lambda info: str(info["name"]), reverse=True)
+            except io_errors() as error:
+                if folder == self.root:
+                    raise
+                yield self._reject(folder, "failed", f"a folder, with all that is in it: {explain_io_error(error)}")
+                continue
+            for info in found:
+                name = self._relative(info["name"])
+                if not name or self._is_hidden(name):
+                    continue
+                try:
+                    kind = self._resolve(info)
+                except OSError as error:
+                    if matches(name):
+                        yield self._reject(info["name"], "failed", f"a broken symbolic link: {explain_io_error(error)}")
+                    continue
+                if kind["type"] == "directory":
+                    if self._is_reached(name):
+                        (links if kind.get("islink") else folders).append(info["name"])
+                elif matches(name):
+                    yield self.to_entry(name, {**kind, "name": info["name"]})
+
+    def to_entry(self, doc_id: str, info: dict[str, Any]) -> FileRef | Rejection:
+        """One file: to be read, or skipped for its format, or failed for its name."""
+        size = int(info.get("size") or 0)
+        try:
+            doc_id.encode()
+        except UnicodeEncodeError:
+            reason = "a file name that is not valid UTF-8, so no id can be made of it. Rename it"
+            return Rejection(doc_id.encode(errors="backslashreplace").decode(), "failed", "read", reason, size)
+        if info["type"] != "file":
+            return Rejection(doc_id, "skipped", "read", "not a regular file (a pipe, a socket or a device)")
+        suffix = PurePosixPath(doc_id).suffix[1:].lower()
+        file_format = _ALIASES.get(suffix, suffix)
+        if file_format not in self.settings.formats:
+            what = f"format .{suffix} is not read" if suffix else "a file without a suffix is not read"
+            reason = f"{what}; source.formats has {', '.join(self.settings.formats)}"
+            return Rejection(doc_id, "skipped", "read", reason, size)
+        path = str(info["name"])
+        return FileRef(doc_id, path if is_local(self.fs) else self.fs.unstrip_protocol(path), file_format, size)
+
+    def _relative(self, path: str) -> str:
+        root = self.root.rstrip("/")
+        return path[len(root) :].strip("/") if path.startswith(root) else path.strip("/")
+
+    def _reject(self, path: str, status: Any, reason: str) -> Rejection:
+        name = self._relative(path).encode(errors="backslashreplace").decode()
+        return Rejection(name, status, "read", reason)
+
+    def _is_hidden(self, name: str) -> bool:
+        last = name.rsplit("/", 1)[-1]
+        return last.startswith(_HIDDEN) and not any(
+            part.startswith(".") and fnmatchcase(last, part) for part in self.pattern
+        )
+
+    def _is_reached(self, name: str) -> bool:
+        """Whether the glob can match anything in this folder."""
+        if not self.pattern:
+            return True
+        parts = name.split("/")
+        for part, pattern in zip(parts, self.pattern, strict=False):
+            if pattern == "**":
+                return True
+            if not fnmatchcase(part, pattern):
+                return False
+        return len(parts) < len(self.pattern)
+
+    def _resolve(self, info: dict[str, Any]) -> dict[str, Any]:
+        """A symbolic link's target; listing does not follow it."""
+        if not info.get("islink"):
+            return info
+        return {**self.fs.info(info["name"]), "islink": True}
+
+    def _find_loop(self, folder: str) -> str:
+        """Why this folder must not be listed again: it has been, or what is listed lies in it."""
+        real = os.path.realpath(folder) if is_local(self.fs) else folder
+        if real in self.listed:
+            return "a folder that is listed under another name already (symbolic links)"
+        if (
+            is_local(self.fs)
+            and folder != self.root
+            and (os.path.realpath(self.root) + "/").startswith(real.rstrip("/") + "/")
+        ):
+            return "a symbolic link to a folder that holds the source itself"
+        self.listed.add(real)
+        return ""
