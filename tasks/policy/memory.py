@@ -141,15 +141,18 @@ def derive_prior(
 SAFETY = 1.01
 """On top of what covers every sample: the max of two lines between samples; costs 1 % of the batch."""
 
-PULL = 0.01
-"""How strongly a coefficient keeps to the prior's, against samples weighted by relative error: a coefficient that one
-sample informs moves within 0.01 % of where the sample wants it; one that no sample informs stays where the prior has
-it."""
+PULLS = (0.05, 0.005, 0.0005)
+"""How strongly a coefficient keeps to the prior's against the samples' relative errors, tried in this order: 0.05
+steadies what two noisy samples tell (a coefficient that one sample is made of still moves within 0.25 % of where that
+wants it); the weaker ones are for a kernel that is not the one the prior assumed."""
+
+TRUSTED_ERROR = 0.08
+"""A fit whose worst error is below this explains its samples: no weaker pull is tried."""
 
 UNDER_WEIGHT = 10.0
 """An under-prediction costs an out-of-memory, an over-prediction a slightly smaller batch."""
 
-_ROUNDS = 12  # phases and weights settle within 3-6
+_ROUNDS = 12  # which sample shows which moment settles within 3-6
 
 
 def fit_model(samples: Sequence[MemorySample], prior: MemoryModel) -> MemoryModel:
@@ -165,18 +168,19 @@ def fit_model(samples: Sequence[MemorySample], prior: MemoryModel) -> MemoryMode
         return prior
     table = _Samples.of(samples)
     best, best_loss = prior, np.inf
-    # Two starts: the phases as the prior sees them, and attention everywhere (a kernel that is not the one the prior
-    # assumed).
-    for start in (prior, replace(prior, token=0.0, masked_token=0.0, mask=0.0)):
-        model = start
-        for _ in range(_ROUNDS):
-            fitted = _fit_phases(table, model, prior)
-            loss = _loss(table, fitted)
-            if loss < best_loss:
-                best, best_loss = fitted, loss
-            if fitted == model:
-                break
-            model = fitted
+    for pull in PULLS:
+        # Two starts: the moments as the prior sees them, and attention everywhere (another kernel than the prior's).
+        for start in (prior, replace(prior, token=0.0, masked_token=0.0, mask=0.0)):
+            model = start
+            for _ in range(_ROUNDS):
+                fitted = _fit_moments(table, model, prior, pull)
+                if (loss := _find_loss(table, fitted)) < best_loss:
+                    best, best_loss = fitted, loss
+                if fitted == model:
+                    break
+                model = fitted
+        if np.abs(_find_errors(table, best)).max() <= TRUSTED_ERROR:
+            break
     return _lift(table, best, SAFETY)
 
 
@@ -199,7 +203,7 @@ class _Samples:
         )
 
 
-def _fit_phases(table: _Samples, current: MemoryModel, prior: MemoryModel) -> MemoryModel:
+def _fit_moments(table: _Samples, current: MemoryModel, prior: MemoryModel, pull: float) -> MemoryModel:
     """One round: which of the two moments each sample's peak is, by the current model; then a linear fit."""
     n, s, masked = table.b * table.s, table.s, table.masked
     token = np.where(masked, current.masked_token + current.mask * s, current.token)
@@ -219,8 +223,8 @@ def _fit_phases(table: _Samples, current: MemoryModel, prior: MemoryModel) -> Me
     under = table.peak > current.predict(table.b, s, masked)
     weight = np.sqrt(np.where(under, UNDER_WEIGHT, 1.0)) / table.peak
     keep = np.array([prior.fixed, 1.0, 1.0, prior.square, prior.masked_square]) / np.where([1, 0, 0, 1, 1], units, 1.0)
-    design = np.vstack([columns * weight[:, None], PULL * np.eye(5)])
-    target = np.concatenate([(table.peak - held) * weight, PULL * keep])
+    design = np.vstack([columns * weight[:, None], pull * np.eye(5)])
+    target = np.concatenate([(table.peak - held) * weight, pull * keep])
     x = _solve_nonnegative(design, target)
     return _order(
         MemoryModel(
@@ -237,24 +241,20 @@ def _fit_phases(table: _Samples, current: MemoryModel, prior: MemoryModel) -> Me
 
 
 def _solve_nonnegative(design: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np.float64]:
-    """argmin |design x - target| over x >= 0, exactly: the best feasible solution over all sets of free unknowns
-    (2^5)."""
+    """argmin |design x - target| over x >= 0, exactly: the best feasible solution over all sets of free unknowns."""
     unknowns = design.shape[1]
-    gram, moment = design.T @ design, design.T @ target
-    best, best_value = (
-        np.zeros(unknowns),
-        0.0,
-    )  # x = 0: the value below is |design x - target|^2 less the constant |target|^2
+    best, best_loss = np.zeros(unknowns), float(target @ target)
     for size in range(unknowns, 0, -1):
         for free in map(list, combinations(range(unknowns), size)):
-            solution = np.linalg.solve(gram[np.ix_(free, free)], moment[free])  # the pull rows make it regular
+            # Not by normal equations: squaring the condition made them singular for samples far from any model.
+            solution = np.linalg.lstsq(design[:, free], target, rcond=None)[0]
             if (solution < 0).any():
                 continue
             if size == unknowns:
                 return np.asarray(solution)
-            value = -float(solution @ moment[free])
-            if value < best_value:
-                best, best_value = np.zeros(unknowns), value
+            residual = design[:, free] @ solution - target
+            if (loss := float(residual @ residual)) < best_loss:
+                best, best_loss = np.zeros(unknowns), loss
                 best[free] = solution
     return best
 
@@ -269,14 +269,19 @@ def _order(model: MemoryModel) -> MemoryModel:
     )
 
 
-def _loss(table: _Samples, model: MemoryModel) -> float:
-    error = model.predict(table.b, table.s, table.masked) / table.peak - 1.0
+def _find_errors(table: _Samples, model: MemoryModel) -> NDArray[np.float64]:
+    return np.asarray(model.predict(table.b, table.s, table.masked) / table.peak - 1.0)
+
+
+def _find_loss(table: _Samples, model: MemoryModel) -> float:
+    error = _find_errors(table, model)
     return float(np.sum(np.where(error < 0, UNDER_WEIGHT, 1.0) * error**2))
 
 
 def _lift(table: _Samples, model: MemoryModel, safety: float) -> MemoryModel:
     """Scale the terms that masked and unmasked samples have under-predicted, so that none is; and by `safety` on
     top."""
+    model = replace(model, fixed=max(model.fixed, 1.0))  # nothing can't be scaled
     # predict() rounds up: measured against the byte below, so that the lifted model covers the sample after rounding,
     # too.
     ratio = table.peak / np.maximum(model.predict(table.b, table.s, table.masked) - 1, 1)
@@ -346,7 +351,7 @@ def refine_fit(fit: MemoryFit, samples: Sequence[MemorySample]) -> MemoryFit:
     recent = tuple(window.values())[-RECENT:]
     remembered = replace(fit, recent=recent)
     new = _Samples.of(samples)
-    error = fit.model.predict(new.b, new.s, new.masked) / new.peak - 1.0
+    error = _find_errors(new, fit.model)
     if error.min() >= 0 and error.max() <= SLACK:
         return remembered
     table = _Samples.of(fit.calibration + recent)
