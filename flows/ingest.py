@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from prefect import allow_failure, flow
 from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
-from prefect.states import Completed, Failed, State
+from prefect.states import Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from tasks.chunk import chunk_partition
@@ -21,6 +21,7 @@ from tasks.publish import ProgressArtifact, publish_run
 from tasks.records import Partition, PartitionReport, RunSummary
 from tasks.report import hide_credentials
 from tasks.start_devices import start_devices
+from tasks.states import complete
 from tasks.upsert import upsert_partition
 
 # Partitions between the device and Qdrant at most: one on the device, one whose spilled nodes the CPU pool finishes, one
@@ -42,7 +43,7 @@ def _name_run() -> str:
     task_runner=ThreadPoolTaskRunner(max_workers=2 * IN_FLIGHT + 2),  # type: ignore[arg-type]
     persist_result=False,
 )
-def ingest(settings: IngestSettings) -> State[RunSummary]:
+def ingest(settings: IngestSettings) -> RunSummary:
     """Ingest a source into a Qdrant collection. Green means that every node of every document is there and counted."""
     run = prepare(settings)
     try:
@@ -57,11 +58,9 @@ def ingest(settings: IngestSettings) -> State[RunSummary]:
     refuse_open_books(off)
     if summary.books.documents_failed:
         names = ", ".join(r.doc_id for r in summary.rejections if r.status == "failed")
-        return Failed(
-            name="DocumentsFailed",
-            message=f"{summary.books.documents_failed} of {summary.books.documents_seen} documents failed: {names[:500]}",
-        )
-    return Completed(message=f"{summary.books.points_counted} points counted in {summary.collection}", data=summary)
+        message = f"{summary.books.documents_failed} of {summary.books.documents_seen} documents failed: {names[:500]}"
+        return cast(RunSummary, Failed(name="DocumentsFailed", message=message))
+    return complete(summary, f"{summary.books.points_counted} points counted in {summary.collection}")
 
 
 def embed_source(run: IngestRun, devices: PrefectFuture[str]) -> None:
@@ -74,7 +73,7 @@ def embed_source(run: IngestRun, devices: PrefectFuture[str]) -> None:
         devices.result()
         embedded = embed_partition.submit(run, partition)
         # Where some nodes failed to embed, the others are stored all the same.
-        stored = upsert_partition.submit(run, partition, wait_for=[allow_failure(embedded)])
+        stored = upsert_partition.submit(run, partition, wait_for=[allow_failure(embedded)])  # type: ignore[call-overload]
         in_flight.append((partition, embedded, stored))
         if len(in_flight) >= IN_FLIGHT:
             finish_partition(run, progress, *in_flight.popleft())

@@ -26,7 +26,8 @@ class SourceSettings(Settings):
     )
     id_field: str = Field("id", description="Column or key that holds a row's id in csv, jsonl and parquet.")
     text_fields: tuple[str, ...] = Field(
-        ("text",), description="Columns or keys whose values, joined by a blank line, are a row's text in csv, jsonl and parquet."
+        ("text",),
+        description="Columns or keys whose values, joined by a blank line, are a row's text in csv, jsonl and parquet.",
     )
     metadata_fields: tuple[str, ...] | None = Field(
         None, description="Columns or keys kept as metadata in csv, jsonl and parquet; unset keeps all the others."
@@ -44,14 +45,16 @@ class ChunkingSettings(Settings):
         "auto", description="auto: Markdown-aware for Markdown, by sentences for the rest."
     )
     max_tokens: Positive | None = Field(
-        None, description="Tokens of a node, prompt, embedded metadata and special tokens included; unset: the smaller of 512 and the model's limit."
+        None,
+        description="Tokens of a node, prompt, embedded metadata and special tokens included; unset: the smaller of 512 and "
+        "the model's limit.",
     )
     overlap_tokens: Annotated[int, Field(ge=0)] = Field(32, description="Tokens that a node repeats of the one before it.")
     embedded_metadata_keys: tuple[str, ...] = Field(
         ("title", "header_path"), description="Metadata that is embedded with the text; all other metadata is only stored."
     )
     workers: Annotated[int, Field(ge=0)] = Field(
-        0, description="Processes that chunk; 0: one a CPU core less one, at most 8. 3-5 CPU seconds for 1.5 MB starve a fast GPU."
+        0, description="Processes that chunk; 0: one a CPU core less one, at most 8. One alone starves a fast GPU."
     )
 
 
@@ -84,7 +87,7 @@ class BudgetSettings(Settings):
     max_bytes: ByteSize | None = Field(None, description="Never plan a micro-batch above this; unset: what the device has.")
     grow_after: Positive = Field(8, description="Micro-batches without trouble before the budget grows back a step.")
     max_micro_batch_tokens: Positive | None = Field(
-        None, description="Tokens of a micro-batch at most; unset: 32768 on CUDA, 4096 on a CPU, above which nothing gets faster."
+        None, description="Tokens of a micro-batch at most; unset: 32768 on CUDA, 4096 on a CPU."
     )
 
 
@@ -121,7 +124,9 @@ class IngestSettings(Settings):
     budget: BudgetSettings = BudgetSettings()
     partition: PartitionSettings = PartitionSettings()
     qdrant: QdrantSettings = QdrantSettings()
-    data_folder: str = Field(".ballast", description="Embedded Qdrant, spool, fitted memory models and the embedded Prefect API's database.")
+    data_folder: str = Field(
+        ".ballast", description="Embedded Qdrant, spool, fitted memory models and the embedded Prefect API's database."
+    )
     spool: str | None = Field(None, description="Working folder for partitions and vectors; unset: `spool` in the data folder.")
 
     @model_validator(mode="before")

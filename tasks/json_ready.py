@@ -1,4 +1,4 @@
-"""Records as JSON-ready values, for `--json`: derived values go with the fields, so that no reader has to work them out."""
+"""Records as JSON-ready values, for `--json`: derived values go with the fields, so that no reader works them out."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class FileRef:
 
 @dataclass(frozen=True, slots=True)
 class Rejection:
-    """A document that did not make it, for the dead-letter list. `failed` ends a run red; `skipped` (nothing in it) does not."""
+    """A document that did not make it, for the dead-letter list. `failed` ends a run red; `skipped` does not."""
 
     doc_id: str
     status: Literal["failed", "skipped"]

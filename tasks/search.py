@@ -38,9 +38,9 @@ def search_collection(
         files = resolve_model(embedding.model if named else str(made_with["model"]), embedding.revision)
         if files.revision != made_with["revision"]:
             raise StoreMismatch(
-                f"Collection {qdrant.collection!r} was made with {made_with['model']} at revision {made_with['revision'][:12]}, "
-                f"{files.name} is at {files.revision[:12]}: their vectors don't compare. Search with --model {made_with['model']}, "
-                "or ingest again into another collection."
+                f"Collection {qdrant.collection!r} was made with {made_with['model']} at revision "
+                f"{made_with['revision'][:12]}, {files.name} is at {files.revision[:12]}: their vectors don't compare. "
+                f"Search with --model {made_with['model']}, or ingest again into another collection."
             )
         tokens = NodeTokenizer(files.path, query_prompt=files.query_prompt).encode_query(question)
         device, _reason = choose_device(embedding.device)

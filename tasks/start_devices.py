@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-from prefect.states import Completed, State
 
 from tasks.engine.ingest_run import IngestRun
+from tasks.states import complete
 
 
 @task(name="start devices", cache_policy=NO_CACHE, persist_result=False)
-def start_devices(run: IngestRun) -> State[str]:
+def start_devices(run: IngestRun) -> str:
     """The state's message says what the run embeds on, and why. Raises ModelError or DeviceError."""
     note = run.start_devices()
-    return Completed(message=note, data=note)
+    return complete(note, note)

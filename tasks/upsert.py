@@ -6,13 +6,13 @@ from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-from prefect.client.schemas.objects import TaskRun
-from prefect.states import Completed, State
+from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import Task, exponential_backoff
 
 from tasks.engine.ingest_run import IngestRun
 from tasks.errors import StoreUnavailable
 from tasks.records import Partition
+from tasks.states import complete
 
 
 def is_transient(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
@@ -31,7 +31,7 @@ def is_transient(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> boo
     cache_policy=NO_CACHE,
     persist_result=False,
 )
-def upsert_partition(run: IngestRun, partition: Partition) -> State[int]:
+def upsert_partition(run: IngestRun, partition: Partition) -> int:
     """The vectors are in the spool: a retry repeats no device work, and point ids make the writes repeatable."""
     counted = run.upsert_partition(partition)
-    return Completed(message=f"{counted} points stored and counted", data=counted)
+    return complete(counted, f"{counted} points stored and counted")

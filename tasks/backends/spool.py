@@ -120,6 +120,15 @@ class SpoolFolder:
             raise _torn(path, f"rows {rows.shape} do not belong to {partition.nodes} nodes")
         return rows, vectors
 
+    def remove_partition(self, partition: Partition) -> None:
+        """Remove a partition's nodes and vectors: they are in Qdrant. Nothing happens where they are gone already."""
+        try:
+            for path in (_vectors_path(partition), partition.path):
+                if self._files.exists(path):
+                    self._files.rm_file(path)
+        except OSError as error:
+            raise SpoolError(f"{partition.path} can't be removed ({error}). Its points are stored: remove it by hand.") from error
+
     def clear(self) -> int:
         """Remove the spool's own files, unfinished ones too, and no others; returns how many."""
         try:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from tasks.backends.processes import spawn_pool
 from tasks.config import ChunkingSettings, SourceSettings
@@ -26,12 +27,12 @@ Chunked = ChunkedDocument | Rejection
 # A call to a worker costs about half a millisecond, a short document's chunking as much: so many go together.
 BATCH_ITEMS = 64
 BATCH_BYTES = 512 * 1024
-# Nodes take about ten times their text in memory (ids, payload twice): what is in flight is bounded by its source bytes.
+# Nodes take about ten times their text in memory (ids, payload twice): what is in flight is bounded by source bytes.
 IN_FLIGHT_BYTES = 64 * 1024**2
 IN_FLIGHT_BATCHES_PER_WORKER = 3
 
 # Each worker is one core: threads of the tokenizer's own would fight with the other workers.
-_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 
 
 @dataclass(frozen=True)
@@ -92,11 +93,12 @@ def _run_batches(batches: Iterator[tuple[list[Item], int]], pool: _WorkerPool, w
         except BrokenProcessPool:
             # All futures of the pool are broken with it, and nothing tells whose fault it was.
             pool.replace()
-            results = _chunk_one_by_one(batch, pool)
-            under_way = deque(
-                (waiting, waiting_bytes, old if _is_done(old) else pool.submit(waiting))
-                for waiting, waiting_bytes, old in under_way
-            )
+            suspects = [(batch, future), *((waiting, other) for waiting, _, other in under_way)]
+            under_way.clear()
+            in_flight_bytes = 0
+            for suspect, other in suspects:
+                yield from other.result() if _is_done(other) else _chunk_alone(suspect, pool)
+            continue
         in_flight_bytes -= batch_bytes
         yield from results
 
@@ -105,7 +107,12 @@ def _is_done(future: Future[list[Chunked]]) -> bool:
     return future.done() and not future.cancelled() and future.exception() is None
 
 
-def _chunk_one_by_one(batch: list[Item], pool: _WorkerPool) -> list[Chunked]:
+def _chunk_alone(batch: list[Item], pool: _WorkerPool) -> list[Chunked]:
+    """Chunk a batch with nothing beside it, and if its worker dies again, item by item."""
+    try:
+        return pool.submit(batch).result()
+    except BrokenProcessPool:
+        pool.replace()
     results: list[Chunked] = []
     for item in batch:
         try:
@@ -135,7 +142,7 @@ class _WorkerPool:
         self._pool = self._start()
 
     def _start(self) -> ProcessPoolExecutor:
-        return spawn_pool(self._workers, environment=_ENVIRONMENT)
+        return spawn_pool(self._workers, environment=_ENVIRONMENT, initializer=_ignore_interrupt)
 
     def submit(self, batch: list[Item]) -> Future[list[Chunked]]:
         try:
@@ -175,6 +182,11 @@ def _count_bytes(item: Item) -> int:
 # ------------------------------------------------------------------------------------------ in a worker
 
 
+def _ignore_interrupt() -> None:
+    # Ctrl-C reaches every process of the terminal; the parent closes the pool, and a traceback a worker helps nobody.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def chunk_batch(items: list[Item], spec: ChunkSpec) -> list[Chunked]:
     """Read and chunk items, in the process that calls. Raises ModelError for a model or limit that can't be used."""
     chunker = _get_chunker(spec.chunking, spec.model_path, spec.max_tokens, spec.document_prompt)
@@ -191,15 +203,17 @@ def _get_chunker(settings: ChunkingSettings, model_path: str, max_tokens: int, d
 
 
 def _chunk_item(item: FileRef | Document, spec: ChunkSpec, chunker: Chunker) -> Chunked:
+    stage: Literal["read", "chunk"] = "read"
     try:
         document = spec.read_file(item, spec.source) if isinstance(item, FileRef) else item
         if isinstance(document, Rejection):
             return document
+        stage = "chunk"
         generation = compute_generation(spec.fingerprint, document.text, document.metadata)
         nodes = chunker.chunk(document, generation)
     except (BallastError, ValueError, RecursionError, MemoryError) as error:
         reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        return Rejection(item.doc_id, "failed", "chunk", reason, item.source_bytes)
+        return Rejection(item.doc_id, "failed", stage, reason, item.source_bytes)
     if not nodes:
         return Rejection(item.doc_id, "skipped", "chunk", "There is no text in it.", item.source_bytes)
-    return ChunkedDocument(item.doc_id, generation, nodes, item.source_bytes)
+    return ChunkedDocument(nodes[0].doc_id, generation, nodes, item.source_bytes)

@@ -46,7 +46,7 @@ class EmbedSettings:
     launch_tokens: int = LAUNCH_TOKENS
     margin_fraction: float = 0.06
     max_budget_bytes: int | None = None
-    ladder: LadderSettings = LadderSettings()
+    ladder: LadderSettings = field(default_factory=LadderSettings)
 
 
 @dataclass(slots=True)
@@ -426,6 +426,7 @@ class _PartitionRun:
         self.result.steps.insert(len(self.result.steps) if at is None else at, step)
         logger.info(
             "ladder step=%s nodes=%d->%d padded_tokens=%d budget_bytes=%d->%d free_bytes=%d reason=%s",
-            kind, step.nodes_before, nodes_after, step.padded_tokens, budget_before, step.budget_after_bytes, step.free_bytes, reason,
+            kind, step.nodes_before, nodes_after, step.padded_tokens, budget_before, step.budget_after_bytes,
+            step.free_bytes, reason,
         )  # fmt: skip
         self.watch.on_step(step)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -82,7 +82,7 @@ def _drop_stored(nodes: list[Node], stored: StoredNodes, books: Ledgerbook, lock
 
 def fill_partitions(
     nodes: Iterable[Node], spool: PartitionSpool, progress: Progress, new_builder: Callable[[], PartitionBuilder]
-) -> Iterator[Partition]:
+) -> Generator[Partition, None, None]:
     """Cut the stream into partitions and spool each one. `new_builder` gives the limits in force when a partition begins."""
     waiting: list[Node] = []
     builder: PartitionBuilder | None = None

@@ -6,12 +6,10 @@ import logging
 import os
 import threading
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -21,12 +19,12 @@ from tasks.backends.qdrant import QdrantStore, open_store
 from tasks.backends.sources import Source, open_source
 from tasks.backends.spool import SpoolFolder
 from tasks.config import IngestSettings
-from tasks.engine.chunk import ChunkSpec, iter_chunked
-from tasks.engine.chunk_settings import compute_run_fingerprint, count_chunk_workers, make_chunk_spec
+from tasks.engine.chunk import ChunkSpec, count_workers, iter_chunked
 from tasks.engine.devices import Devices, start_devices
 from tasks.engine.embed_nodes import MISSING, ON_CPU, ON_DEVICE, Embedded
 from tasks.engine.fill_partitions import Progress, fill_partitions, select_new_nodes
-from tasks.errors import BooksDontClose
+from tasks.engine.fingerprint import compute_run_fingerprint, make_chunk_spec
+from tasks.errors import BooksDontClose, SpoolError
 from tasks.observe import Observer, current_observer
 from tasks.policy.books import Ledgerbook
 from tasks.policy.partitions import MIN_PARTITION_TOKENS, PartitionBuilder, choose_partition_tokens
@@ -83,9 +81,9 @@ class IngestRun:
         self._exhausted = False
         self._points_counted = 0
         self._started = time.monotonic()
-        self._stage_seconds: Counter[str] = Counter()
+        self._stage_seconds: defaultdict[str, float] = defaultdict(float)
         progress = Progress(source.total_bytes())
-        chunked = iter_chunked(iter(source), spec, count_chunk_workers(settings.chunking))
+        chunked = iter_chunked(iter(source), spec, count_workers(settings.chunking.workers))
         nodes = select_new_nodes(chunked, _BoundCollection(store, physical), self.books, self._books_lock, progress)
         self._partitions = fill_partitions(nodes, self.spool, progress, self._new_builder)
 
@@ -104,7 +102,7 @@ class IngestRun:
                 self.devices = start_devices(self.settings, self.files, self.observer)
             finally:
                 self._devices_ready.set()
-            self.sampler.start(self.devices.gpu_uuids)
+            self.sampler.start()
         self.observer.note(self.devices.note)
         return self.devices.note
 
@@ -149,8 +147,9 @@ class IngestRun:
         logger.info(
             "partition index=%d nodes=%d tokens=%d device=%s gpu_nodes=%d cpu_nodes=%d failed_nodes=%d batch=%d-%d oom_steps=%d"
             " peak_bytes=%s tokens_per_s=%.0f",
-            report.index, report.nodes, report.tokens, report.device, report.gpu_nodes, report.cpu_nodes, len(report.failed_nodes),
-            report.batch_min, report.batch_max, sum(step.kind == "oom" for step in report.steps), report.peak_bytes, report.tokens_per_s,
+            report.index, report.nodes, report.tokens, report.device, report.gpu_nodes, report.cpu_nodes,
+            len(report.failed_nodes), report.batch_min, report.batch_max, sum(step.kind == "oom" for step in report.steps),
+            report.peak_bytes, report.tokens_per_s,
         )  # fmt: skip
         self.observer.partition_done(report)
         return report
@@ -159,7 +158,10 @@ class IngestRun:
         """Points into Qdrant, counted exactly; can be repeated. Returns how many are there."""
         with self._timed("upsert"):
             nodes = self.spool.read_partition(partition)
-            rows, vectors = self.spool.read_vectors(partition)
+            embedded = self.spool.read_vectors(partition)
+            if embedded is None:
+                raise SpoolError(f"Partition {partition.index} has no vectors in the spool {self.spool.url}. Run again.")
+            rows, vectors = embedded
             stored = [nodes[row] for row in rows]
             ids = [node.node_id for node in stored]
             self.store.upsert(self.physical, ids, vectors, [node.payload for node in stored])

@@ -1,0 +1,50 @@
+"""What decides a run's vectors: the fingerprint, and the recipe that the chunk workers follow."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+from tasks.backends.readers import read_file
+from tasks.backends.tokenizer import NodeTokenizer
+from tasks.config import IngestSettings
+from tasks.engine.chunk import ChunkSpec
+from tasks.policy.identity import compute_fingerprint
+from tasks.records import ModelFiles
+
+# Their versions decide the text of a document or where it is cut. A new version of any other package changes no vector.
+PARSERS = ("llama-index-core", "llama-index-readers-file", "pypdf", "docx2txt", "beautifulsoup4", "tokenizers")
+
+
+def compute_run_fingerprint(settings: IngestSettings, files: ModelFiles) -> str:
+    """Hash of model, precision, pooling, chunker, tokenizer, prompts and parsers. Raises ModelError.
+
+    The precision is the knob's, not the device's: under `auto` a GPU's fp16 and a CPU's fp32 vectors agree and share a
+    collection. `chunking.workers` decides nothing but the time.
+    """
+    tokenizer = NodeTokenizer(files.path, document_prompt=files.document_prompt)
+    return compute_fingerprint(
+        {
+            "revision": files.revision,
+            "precision": settings.embedding.precision,
+            "pooling": files.pooling,
+            "dimension": files.dimension,
+            "max_tokens": files.max_tokens,
+            "document_prompt": files.document_prompt,
+            "tokenizer": tokenizer.digest,
+            "chunking": settings.chunking.model_dump(mode="json", exclude={"workers"}),
+            "parsers": {name: version(name) for name in PARSERS},
+        }
+    )
+
+
+def make_chunk_spec(settings: IngestSettings, files: ModelFiles, fingerprint: str) -> ChunkSpec:
+    """What a chunk worker needs; it pickles."""
+    return ChunkSpec(
+        read_file=read_file,
+        source=settings.source,
+        chunking=settings.chunking,
+        model_path=files.path,
+        max_tokens=files.max_tokens,
+        document_prompt=files.document_prompt,
+        fingerprint=fingerprint,
+    )
