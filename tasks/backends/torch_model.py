@@ -88,7 +88,7 @@ def wrap_transformer(model: Any, pooling: str) -> Any:
     """A transformers model as a SentenceTransformer with `pooling` ("cls", "mean", ...) and normalisation."""
     import torch
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.models import Normalize, Pooling
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 
     class Body(torch.nn.Module):  # type: ignore[misc]
         def __init__(self) -> None:
