@@ -19,7 +19,7 @@ from tasks.backends.qdrant_collections import (
     is_ours,
     read_dense_vector,
 )
-from tasks.backends.qdrant_connection import SERVER_HINT, choose_url, connect_server, open_embedded
+from tasks.backends.qdrant_connection import SERVER_HINT, choose_url, connect_server, open_embedded, set_write_ahead_log
 from tasks.backends.qdrant_faults import BatchTooLarge
 from tasks.config import QdrantSettings
 from tasks.errors import StoreError, StoreMismatch, StoreRejected, StoreUnavailable
@@ -110,7 +110,10 @@ class QdrantStore:
             raise StoreUnavailable(
                 f"Qdrant {self.calls.place} made collection {physical!r}, but does not list it. Run again."
             )
-        self._index_fields(physical, info)
+        if self.is_embedded:
+            self._speed_up_writes(physical)
+        else:
+            self._index_fields(physical, info)
         self._set_alias(name, physical)
         return physical
 
@@ -283,9 +286,13 @@ class QdrantStore:
             if spec.physical not in self._collections():
                 raise
 
+    def _speed_up_writes(self, physical: str) -> None:
+        folder = self._client.init_options.get("path")
+        if folder is not None:
+            with self.calls.lock:
+                set_write_ahead_log(Path(folder), physical)
+
     def _index_fields(self, physical: str, info: models.CollectionInfo) -> None:
-        if self.is_embedded:  # it has no payload indexes, and warns when asked for one
-            return
         for field in INDEXED_FIELDS:
             if field not in info.payload_schema:
                 self._index_field(physical, field)

@@ -1,0 +1,185 @@
+"""A double of a Qdrant server, for faults on the wire: a loopback HTTP server over an in-memory QdrantClient.
+
+Not a substitute for a server: it knows the dozen routes that the store uses, and accepts what embedded Qdrant accepts.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+Answer = tuple[int, dict[str, str], Any]
+
+
+@dataclass
+class Fault:
+    """What the next matching request meets instead of, or after, its effect."""
+
+    on: str = "PUT /collections/[^/]+/points"
+    status: int = 503
+    error: str = "Service unavailable"
+    headers: dict[str, str] = field(default_factory=dict)
+    after_effect: bool = False
+    reset: bool = False
+
+
+class LoopbackQdrant:
+    """`faults` are met in order, each once; `requests` keeps what was asked as "METHOD /path" with headers and body."""
+
+    def __init__(self, *, version: str = "1.19.0", largest_body: int = 32 * 1024**2) -> None:
+        from qdrant_client import QdrantClient
+
+        self.memory = QdrantClient(":memory:")
+        self.version = version
+        self.largest_body = largest_body
+        self.indexes: dict[str, dict[str, Any]] = {}
+        self.faults: list[Fault] = []
+        self.requests: list[tuple[str, dict[str, str], dict[str, Any]]] = []
+        self._lock = threading.Lock()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._make_handler())
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def __enter__(self) -> LoopbackQdrant:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+        self.memory.close()
+
+    def count_requests(self, pattern: str) -> int:
+        return sum(re.fullmatch(pattern, request) is not None for request, _, _ in self.requests)
+
+    def answer(self, request: str, size: int, headers: dict[str, str], body: dict[str, Any]) -> Answer:
+        """What one request gets: status (0: a reset), headers and body."""
+        with self._lock:
+            self.requests.append((request, headers, body))
+            fault = next((each for each in self.faults if re.fullmatch(each.on, request)), None)
+            if fault is not None:
+                self.faults.remove(fault)
+            if fault is None or fault.after_effect:
+                if size > self.largest_body:
+                    said = f"JSON payload ({size} bytes) is larger than allowed (limit: {self.largest_body} bytes)."
+                    return 400, {}, {"status": {"error": said}, "time": 0}
+                status, result = self._apply(request, body)
+            if fault is not None:
+                if fault.reset:
+                    return 0, {}, None
+                return fault.status, fault.headers, {"status": {"error": fault.error}, "time": 0}
+            if status != 200:
+                return status, {}, {"status": {"error": result}, "time": 0}
+            return 200, {}, {"status": "ok", "time": 0, "result": result}
+
+    def _apply(self, request: str, body: dict[str, Any]) -> tuple[int, Any]:
+        completed = {"operation_id": 1, "status": "completed"}
+        for pattern, act in self._routes():
+            match = re.fullmatch(pattern, request)
+            if match:
+                try:
+                    result = act(body, **match.groupdict())
+                except ValueError as error:
+                    there = "already exists" in str(error)
+                    return 409 if there else 404 if "not found" in str(error) else 400, str(error)
+                except KeyError as error:
+                    return 404, f"No point with id {error} found"
+                return 200, completed if result is None else result
+        return 404, f"no route for {request}"
+
+    def _routes(self) -> list[tuple[str, Callable[..., Any]]]:
+        from qdrant_client import models
+
+        one = r"/collections/(?P<name>[^/]+)"
+        memory = self.memory
+
+        def describe(_: Any, name: str) -> Any:
+            info = memory.get_collection(name).model_dump(mode="json")
+            return {**info, "payload_schema": self.indexes.get(name, {})}
+
+        def create(body: Any, name: str) -> Any:
+            wanted = models.CreateCollection(**body)
+            return memory.create_collection(name, vectors_config=wanted.vectors, metadata=wanted.metadata)
+
+        def index(body: Any, name: str) -> None:
+            schema = {"data_type": body["field_schema"], "points": 0}
+            self.indexes.setdefault(name, {})[body["field_name"]] = schema
+
+        def alias(body: Any) -> Any:
+            return memory.update_collection_aliases(models.ChangeAliasesOperation(**body).actions)
+
+        def upsert(body: Any, name: str) -> None:
+            memory.upsert(name, models.PointsList(**body).points)
+
+        def batch(body: Any, name: str) -> Any:
+            memory.batch_update_points(name, models.UpdateOperations(**body).operations)
+            return [{"operation_id": 1, "status": "completed"}] * len(body["operations"])
+
+        def retrieve(body: Any, name: str) -> Any:
+            found = memory.retrieve(name, body["ids"], with_payload=body.get("with_payload", False))
+            return [record.model_dump(mode="json") for record in found]
+
+        def query(body: Any, name: str) -> Any:
+            wanted = models.QueryRequest(**body)
+            found = memory.query_points(
+                name, query=wanted.query, using=wanted.using, query_filter=wanted.filter, limit=wanted.limit or 10
+            )
+            return found.model_dump(mode="json")
+
+        return [
+            ("GET /collections", lambda _: memory.get_collections().model_dump(mode="json")),
+            ("GET /aliases", lambda _: memory.get_aliases().model_dump(mode="json")),
+            ("POST /collections/aliases", alias),
+            (f"GET {one}", describe),
+            (f"PUT {one}", create),
+            (f"PUT {one}/index", index),
+            (f"PUT {one}/points", upsert),
+            (f"POST {one}/points", retrieve),
+            (f"POST {one}/points/batch", batch),
+            (f"POST {one}/points/query", query),
+            (f"POST {one}/points/count", lambda _, name: memory.count(name).model_dump(mode="json")),
+        ]
+
+    def _make_handler(self) -> type[BaseHTTPRequestHandler]:
+        double = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def handle_any(self) -> None:
+                size = int(self.headers.get("Content-Length") or 0)
+                content = self.rfile.read(size)
+                path = self.path.split("?")[0]
+                headers: dict[str, str] = {}
+                if path == "/":
+                    status, answer = 200, {"title": "qdrant", "version": double.version}
+                    double.requests.append(("GET /", dict(self.headers), {}))
+                else:
+                    body = json.loads(content) if content else {}
+                    status, headers, answer = double.answer(f"{self.command} {path}", size, dict(self.headers), body)
+                if status == 0:
+                    # Linger 0: the client sees a reset, not an orderly end.
+                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+                    self.close_connection = True
+                    return
+                encoded = json.dumps(answer).encode()
+                self.send_response(status)
+                for key, value in {**headers, "Content-Length": str(len(encoded))}.items():
+                    self.send_header(key, value)
+                self.end_headers()
+                self.wfile.write(encoded)
+
+            do_GET = do_PUT = do_POST = handle_any  # noqa: N815  the names that http.server looks for
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        return Handler
