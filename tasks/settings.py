@@ -1,4 +1,4 @@
-"""IngestSettings out of a TOML file, `key.path=value` overrides and flags; whatever can't be used is named by its path."""
+"""IngestSettings out of a TOML file, `key.path=value` overrides and flags; what can't be used is named by its path."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def parse_bytes(flag: str, text: str) -> int:
 
 
 def describe_errors(error: ValidationError) -> str:
-    """One line an error: the key's path, what is wrong, the value that came, and the nearest name for an unknown one."""
+    """One line an error: the key's path, what is wrong, what came, and the nearest name for an unknown one."""
     return "\n".join(
         describe_error(tuple(str(part) for part in e["loc"]), e["type"], e["msg"], e["input"]) for e in error.errors()
     )
@@ -109,6 +109,8 @@ def describe_error(location: tuple[str, ...], kind: str, message: str, value: An
         return f"{path}: no such knob; {hint}"
     if kind == "missing":
         return f"{path}: missing. Give SOURCE on the command line, or source.uri in the config file."
+    if not path:  # about several knobs together: the message says which
+        return f"{message}."
     shown = "..." if SECRET.search(location[-1] if location else "") else repr(value)
     return f"{path}: {message[:1].lower()}{message[1:]}; it is {shown[:200]}."
 
