@@ -253,17 +253,17 @@ def _find_places(text: str, chunks: Sequence[str]) -> list[tuple[int, int] | Non
     match that starts no later than the first character not yet covered leaves none.
     """
     places: list[tuple[int, int] | None] = []
-    previous = covered = 0
+    covered = 0
     for chunk in chunks:
         uncovered = _NON_SPACE.search(text, covered)
         latest = uncovered.start() if uncovered else len(text)
-        start = text.rfind(chunk, previous, latest + len(chunk))
+        start = text.rfind(chunk, max(0, latest - len(chunk)), latest + len(chunk))
         if start < 0:
             start = text.find(chunk, latest, latest + len(chunk) + _SEARCH_CHARS)
         if start < 0:
             places.append(None)
             continue
-        previous, covered = start, max(covered, start + len(chunk))
+        covered = max(covered, start + len(chunk))
         places.append((start, start + len(chunk)))
     return places
 
