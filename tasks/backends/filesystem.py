@@ -6,6 +6,8 @@ import os
 import re
 import stat
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,9 +37,15 @@ def connect(uri: str) -> tuple[Any, str]:
         return LocalFileSystem(), str(Path(uri).expanduser().absolute())
     try:
         fs, path = fsspec.core.url_to_fs(uri)
-    except (ImportError, ValueError) as error:
+    except (
+        ImportError,
+        ValueError,
+        OSError,
+        zipfile.BadZipFile,
+        tarfile.TarError,
+    ) as error:  # an archive is opened here
         raise SourceError(
-            f"The source {hide_secrets(uri)} can't be opened: {hide_secrets(str(error))}. "
+            f"The source {hide_secrets(uri)} can't be opened: {type(error).__name__} {hide_secrets(str(error))}. "
             "Use a path, a glob or an fsspec URL, and install what its protocol needs (s3://: pip install s3fs)."
         ) from error
     return fs, path
@@ -107,6 +115,8 @@ def io_errors() -> tuple[type[BaseException], ...]:
 
 
 def explain_io_error(error: BaseException) -> str:
+    if is_web_refusal(error):
+        error = error.__cause__ or error
     if isinstance(error, FileNotFoundError):
         return "not there any more: it vanished after it was listed"
     if isinstance(error, PermissionError):
@@ -114,6 +124,11 @@ def explain_io_error(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno is not None:
         return f"can't be read: {os.strerror(error.errno)}"
     return f"can't be read: {type(error).__name__} {hide_secrets(str(error))}".rstrip()
+
+
+def is_web_refusal(error: BaseException) -> bool:
+    """fsspec says that a page is not found whatever the server answered: 401 or 500, it is in the cause."""
+    return isinstance(error, FileNotFoundError) and getattr(error.__cause__, "status", 404) != 404
 
 
 def hide_secrets(text: str) -> str:

@@ -11,7 +11,15 @@ from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 from typing import Any
 
-from tasks.backends.filesystem import connect, explain_io_error, hide_secrets, io_errors, is_local, is_web
+from tasks.backends.filesystem import (
+    connect,
+    explain_io_error,
+    hide_secrets,
+    io_errors,
+    is_local,
+    is_web,
+    is_web_refusal,
+)
 from tasks.backends.tables import read_table
 from tasks.backends.texts import is_encoding
 from tasks.config import SourceSettings
@@ -69,7 +77,7 @@ def open_source(settings: SourceSettings) -> Source:
     except ValueError as error:  # "**" as part of a name
         raise SourceError(f"The source {name} is not a glob: {error}") from error
     except io_errors() as error:
-        if isinstance(error, FileNotFoundError):
+        if isinstance(error, FileNotFoundError) and not is_web_refusal(error):
             here = f", seen from {os.getcwd()}" if is_local(fs) and not os.path.isabs(settings.uri) else ""  # noqa: PTH109, PTH117
             raise SourceError(
                 f"The source {name} does not exist{here}. Give a file, a folder, a glob or a URL."

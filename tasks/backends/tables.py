@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import io
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from decimal import Decimal
@@ -56,8 +57,8 @@ def _read_rows(fs: Any, ref: FileRef, settings: SourceSettings) -> Iterator[Docu
     seen = SeenIds()
     count = 0
     try:
-        with open_binary(fs, ref.uri) as stream:
-            for row in rows(stream, settings, ref):
+        with open_binary(fs, ref.uri) as stream, contextlib.closing(rows(stream, settings, ref)) as found:
+            for row in found:
                 count += 1
                 yield _to_document(row, ref, settings, seen)
         if not count:
@@ -161,15 +162,19 @@ def _read_lines(stream: IO[bytes], encoding: str, max_bytes: int) -> Iterator[by
     """Lines with their ends: as bytes, so that one bad line stays one; as text where 0x0A may be half a character."""
     wide = "\n".encode(encoding) != b"\n"
     source: Any = io.TextIOWrapper(stream, encoding=encoding, newline="") if wide else stream
-    while line := source.readline(max_bytes + 1):
-        if len(line) > max_bytes:
-            raise Unusable(
-                f"a line of more than {max_bytes:,} bytes: it and what follows is not read. Raise source.max_file_bytes"
-            )
-        yield line
+    try:
+        while line := source.readline(max_bytes + 1):
+            if len(line) > max_bytes:
+                raise Unusable(
+                    f"a line of more than {max_bytes:,} bytes: it and what follows is not read. Raise source.max_file_bytes"
+                )
+            yield line
+    finally:
+        if wide and not stream.closed:
+            source.detach()  # else it closes the stream, which is not its own
 
 
-def _jsonl_rows(stream: IO[bytes], settings: SourceSettings, _ref: FileRef) -> Iterator[_Row]:
+def _jsonl_rows(stream: IO[bytes], settings: SourceSettings, _ref: FileRef) -> Generator[_Row, None, None]:
     encoding = _find_encoding(stream, settings)
     for number, line in enumerate(_read_lines(stream, encoding, settings.max_file_bytes), start=1):
         values: Any = None
@@ -212,7 +217,7 @@ class _CsvLines:
             yield line if isinstance(line, str) else line.decode(self.encoding, "surrogateescape")
 
 
-def _csv_rows(stream: IO[bytes], settings: SourceSettings, _ref: FileRef) -> Iterator[_Row]:
+def _csv_rows(stream: IO[bytes], settings: SourceSettings, _ref: FileRef) -> Generator[_Row, None, None]:
     """By the header's names. The delimiter is the one of , ; tab | that gives a header with the fields wanted."""
     # Python's own limit of 128 KiB a field holds for the whole process; an article is longer.
     csv.field_size_limit(int(settings.max_file_bytes))
@@ -252,9 +257,9 @@ def _find_delimiter(first: str, settings: SourceSettings) -> tuple[str, list[str
         if wanted <= set(header):
             _check_columns(header, settings)
             return delimiter, header
-    header = next(csv.reader([first]))
+    header = first.strip().split(",")
     _check_columns(header, settings)
-    raise Unusable("no header that can be read")
+    raise Unusable(f"line 1 is not a csv header: {', '.join(header):.200}")
 
 
 def _find_bad_cells(cells: Sequence[str], header: Sequence[str], delimiter: str) -> str:
@@ -290,7 +295,7 @@ def _check_columns(header: Sequence[str], settings: SourceSettings) -> None:
 # ---------------------------------------------------------------------------------------------- parquet
 
 
-def _parquet_rows(stream: IO[bytes], settings: SourceSettings, ref: FileRef) -> Iterator[_Row]:
+def _parquet_rows(stream: IO[bytes], settings: SourceSettings, ref: FileRef) -> Generator[_Row, None, None]:
     import pyarrow
     import pyarrow.parquet
 
