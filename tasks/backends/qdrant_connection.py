@@ -191,8 +191,8 @@ def _check_lock(folder: Path) -> None:
 
 def _locked(folder: Path) -> StoreLocked:
     return StoreLocked(
-        f"Another process holds the embedded Qdrant in {folder}: it serves one process at a time. "
-        f"Wait for it or stop it; for several processes run a Qdrant server: {SERVER_HINT}"
+        f"The embedded Qdrant in {folder} is in use: it serves one process, and one client in it, at a time. "
+        f"Wait for the other or stop it; for several processes run a Qdrant server: {SERVER_HINT}"
     )
 
 

@@ -65,9 +65,15 @@ class SpoolFolder:
             longest_tokens=int(lengths.max()),
             source_fraction=source_fraction,
         )
+        try:
+            table = _to_table(ordered)
+        except UnicodeEncodeError as error:
+            raise SpoolError(
+                f"Partition {index}: the document id {error.object!r} is not UTF-8 text. Rename that file, or its id."
+            ) from error
         content = io.BytesIO()
         pyarrow.parquet.write_table(
-            _to_table(ordered),
+            table,
             content,
             row_group_size=_ROW_GROUP,
             compression="zstd",
@@ -124,10 +130,13 @@ class SpoolFolder:
         """Remove a partition's nodes and vectors: they are in Qdrant. Nothing happens where they are gone already."""
         try:
             for path in (_vectors_path(partition), partition.path):
-                if self._files.exists(path):
+                # Not `exists` first: a remote listing may be cached from before the file was written.
+                with contextlib.suppress(FileNotFoundError):
                     self._files.rm_file(path)
         except OSError as error:
-            raise SpoolError(f"{partition.path} can't be removed ({error}). Its points are stored: remove it by hand.") from error
+            raise SpoolError(
+                f"{partition.path} can't be removed ({error}). Its points are stored: remove it by hand."
+            ) from error
 
     def clear(self) -> int:
         """Remove the spool's own files, unfinished ones too, and no others; returns how many."""

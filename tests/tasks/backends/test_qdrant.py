@@ -10,6 +10,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,19 @@ def test_vectors_of_another_shape_are_refused(store: QdrantStore) -> None:
             store.upsert(physical, ids, wrong, payloads)
 
 
+def test_threads_share_a_store(store: QdrantStore) -> None:
+    physical = prepare(store)
+    parts = [make_points(120, seed=seed) for seed in range(6)]
+
+    def write_and_read(part: tuple[list[str], Any, list[dict[str, Any]]]) -> str:
+        store.upsert(physical, *part)
+        return store.search("docs", part[1][0], limit=1)[0].node_id
+
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(write_and_read, parts)) == [ids[0] for ids, _, _ in parts]
+    assert store.count("docs") == 720
+
+
 # ---------------------------------------------------------------------------------------------- not ours
 
 
@@ -301,7 +315,7 @@ def test_a_folder_held_by_another_process_says_so(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"held\n"
-        with pytest.raises(StoreLocked, match=r"one process at a time.*QDRANT_URL=http"):
+        with pytest.raises(StoreLocked, match=r"serves one process.*QDRANT_URL=http"):
             open_store(QdrantSettings(), str(tmp_path), environment={})
         holder.communicate()
     open_store(QdrantSettings(), str(tmp_path), environment={}).close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +156,18 @@ def test_a_missing_partition_names_the_way_out(spool: SpoolFolder) -> None:
         spool.read_partition(partition)
 
 
+def test_a_stored_partition_is_removed_alone_and_only_once(spool: SpoolFolder) -> None:
+    stored, waiting = (spool.write_partition(index, [make_node(index, 2)], 0.5) for index in (0, 1))
+    for partition in (stored, waiting):
+        spool.write_vectors(partition, np.zeros(1, dtype=np.int64), np.ones((1, 4), dtype=np.float32))
+    spool.remove_partition(stored)
+    spool.remove_partition(stored)
+    assert spool.read_vectors(stored) is None
+    assert spool.read_partition(waiting)[0].tokens == 2
+    assert spool.read_vectors(waiting) is not None
+    assert spool.clear() == 2
+
+
 def test_clear_leaves_other_files_alone(tmp_path: Path) -> None:
     spool = SpoolFolder(str(tmp_path))
     partition = spool.write_partition(0, [make_node(1, 2)], 1.0)
@@ -173,6 +186,12 @@ def test_a_payload_that_is_not_json_is_named(spool: SpoolFolder) -> None:
     node = make_node(1, 2, payload={"ratio": float("nan")})
     with pytest.raises(SpoolError, match=rf"{node.node_id} of {node.doc_id}.*not JSON"):
         spool.write_partition(0, [make_node(2, 3), node], 1.0)
+
+
+def test_a_document_id_that_is_not_text_is_named(spool: SpoolFolder) -> None:
+    node = replace(make_node(1, 2), doc_id="broken\udcff.txt")
+    with pytest.raises(SpoolError, match=r"broken.udcff.txt' is not UTF-8 text"):
+        spool.write_partition(0, [node], 1.0)
 
 
 def test_a_spool_that_can_not_be_used_says_why(tmp_path: Path) -> None:
