@@ -24,7 +24,7 @@ class StoredFit:
     """What a calibration measured under one key."""
 
     samples: tuple[MemorySample, ...]
-    tokens_per_s: float
+    tokens_per_s: float  # 0 where it could not be measured
     launch_tokens: int  # tokens that the device embeds in the time of an empty launch
 
 
@@ -76,7 +76,7 @@ def _parse_fit(text: str, key: MemoryKey) -> StoredFit:
         if not isinstance(sample.masked, bool) or not all(type(x) is int and x > 0 for x in numbers):
             raise ValueError(f"a sample makes no sense: {sample}")
     tokens_per_s, launch_tokens = float(record["tokens_per_s"]), int(record["launch_tokens"])
-    if not 0 < tokens_per_s < float("inf") or launch_tokens < 0:
+    if not 0 <= tokens_per_s < float("inf") or launch_tokens < 0:
         raise ValueError(f"tokens_per_s={tokens_per_s} launch_tokens={launch_tokens} make no sense")
     return StoredFit(samples, tokens_per_s, launch_tokens)
 

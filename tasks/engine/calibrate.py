@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -20,8 +20,10 @@ from tasks.policy.memory import (
     MemoryFit,
     MemoryModel,
     Probe,
+    ProbePlan,
     choose_probes,
     derive_prior,
+    fit_model,
     start_fit,
 )
 from tasks.records import BatchOutcome, CalibrationReport, EncoderInfo, MemorySample, Precision, TokenIds
@@ -30,6 +32,14 @@ logger = logging.getLogger(__name__)
 
 LAUNCH_TOKENS_RANGE = (16, 8192)
 """Bounds of what a launch may be said to cost: a probe disturbed by another process must not spoil the plans."""
+
+MIN_PROBE_TOKENS = 2048
+
+FILLED_S = 0.5
+"""A batch that takes this long shows the device's speed: its launch no longer matters."""
+
+SAFE_FRACTION = 0.8
+"""Of the budget: a probe expected above it, by what the smaller probes took, is left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +76,8 @@ def calibrate(
     the report are NaN. Raises ModelError or DeviceError where the encoder can't be loaded, and DeviceError where a
     lost process can't be replaced.
     """
+    info = encoder.describe()  # loads the model: not part of the probing's time
     started = clock()
-    info = encoder.describe()
     prior = derive_encoder_prior(info)
     prober = _Prober(encoder, info, np.random.default_rng(seed), clock, deadline=started + max_seconds)
 
@@ -78,8 +88,11 @@ def calibrate(
     if warm is not None and warm.peak_bytes is None:
         note = "closed-form prior: this device does not tell its peak memory"
     else:
-        plan = choose_probes(info.max_tokens, budget_bytes, prior, max_batch_tokens=max_batch_tokens)
-        fit_samples, held_back = prober.measure_memory(plan.fit, plan.held_back, prior, budget_bytes)
+        # All probes together are some eight of the largest: a slow device gets smaller ones.
+        affordable = int(tokens_per_s * max_seconds / 8)
+        probe_tokens = max(min(max_batch_tokens, affordable), MIN_PROBE_TOKENS)
+        plan = choose_probes(info.max_tokens, budget_bytes, prior, max_batch_tokens=probe_tokens)
+        fit_samples, held_back = prober.measure_memory(plan, prior, budget_bytes, tokens_per_s)
         note = f"fitted on {info.key.device_name} ({len(fit_samples)} probes)" if fit_samples else "closed-form prior"
     checked = start_fit(prior, fit_samples).model
     predictions = [int(checked.predict(x.nodes, x.padded_tokens, x.masked)) for x in held_back]
@@ -142,7 +155,7 @@ class _Prober:
     def measure_speed(self, prior: MemoryModel, budget_bytes: int, max_batch_tokens: int) -> tuple[float, float]:
         """(seconds of a launch, tokens a second): wall time, so that the way to another process counts.
 
-        Batches grow fourfold from 256 tokens until one takes a quarter of a second, so that a slow device is not kept
+        Batches grow fourfold from 256 tokens until one takes half a second, so that a slow device is not kept
         for long and a fast one is filled. (0, 0) where nothing came through.
         """
         launch_s = math.inf
@@ -155,40 +168,51 @@ class _Prober:
         tokens = 256
         while (nodes := max(1, tokens // length)) <= max(1, most) and tokens <= max_batch_tokens:
             probe = Probe(nodes, length, False)
-            # Twice: the first run of a shape may load kernels.
+            # Twice: the first run of a shape may load kernels, and a neighbour's hiccup must not pass for the speed.
+            took_s, outcome = math.inf, None
             for _ in range(2):
-                if self.run(probe) is None:
-                    return (launch_s if math.isfinite(launch_s) else 0.0), best
-                best = max(best, nodes * length / max(self.seconds, 1e-9))
-                if self.seconds >= 0.25:
+                if (outcome := self.run(probe)) is None:
                     break
-            if self.seconds >= 0.25 or self.clock() >= self.deadline:
+                took_s = min(took_s, self.seconds)
+                if took_s > FILLED_S:
+                    break
+            best = max(best, nodes * length / max(took_s, 1e-9))
+            if outcome is None or took_s >= FILLED_S or self.clock() >= self.deadline:
+                break
+            if 4 * (outcome.peak_bytes or 0) > SAFE_FRACTION * budget_bytes:
                 break
             tokens *= 4
         return (launch_s if math.isfinite(launch_s) else 0.0), best
 
     def measure_memory(
-        self, fit: Sequence[Probe], held_back: Sequence[Probe], prior: MemoryModel, budget_bytes: int
+        self, plan: ProbePlan, prior: MemoryModel, budget_bytes: int, tokens_per_s: float
     ) -> tuple[list[MemorySample], list[MemorySample]]:
-        """Samples of the two kinds of probes, run together in the order of their predicted peaks."""
+        """Samples of the two kinds of probes, run together in the order of their predicted peaks.
+
+        Each probe is judged by a fit to those before it: a prior that is far too low is found out by the small ones.
+        """
         measured: dict[Probe, MemorySample] = {}
-        doubt = 1.0  # how much more than predicted the worst probe so far took
-        for probe in sorted({*fit, *held_back}, key=lambda x: int(prior.predict(x.nodes, x.padded_tokens, x.masked))):
-            predicted = int(prior.predict(probe.nodes, probe.padded_tokens, probe.masked))
-            if doubt * predicted > budget_bytes:
-                self.notes.append("larger probes left out: the prior is too low for them")
-                break
-            if self.clock() >= self.deadline:
-                self.notes.append("larger probes left out: out of time")
-                break
+        model = prior
+        for probe in sorted({*plan.fit, *plan.held_back}, key=lambda x: _predict(prior, x)):
+            expected = max(_predict(prior, probe), _predict(model, probe))
+            if expected > SAFE_FRACTION * budget_bytes:
+                self._note("larger probes left out: the prior is too low for them")
+                continue
+            expected_s = probe.nodes * probe.padded_tokens / tokens_per_s if tokens_per_s else 0.0
+            if self.clock() + expected_s > self.deadline:
+                self._note("some probes left out: out of time")
+                continue
             outcome = self.run(probe)
             if outcome is None:
                 break
-            # A row redone in fp32 has the peak of another precision.
-            if outcome.peak_bytes is not None and not outcome.redone_fp32:
+            if outcome.peak_bytes is not None:
                 measured[probe] = MemorySample(probe.nodes, probe.padded_tokens, probe.masked, outcome.peak_bytes)
-                doubt = max(doubt, outcome.peak_bytes / predicted)
-        return [measured[x] for x in fit if x in measured], [measured[x] for x in held_back if x in measured]
+                model = fit_model(tuple(measured.values()), prior)
+        return [measured[x] for x in plan.fit if x in measured], [measured[x] for x in plan.held_back if x in measured]
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
 
     def _draw_tokens(self, probe: Probe) -> list[TokenIds]:
         # Special and unused ids are below 1000 (BERT) or at both ends (XLM-R): padding ids inside would change
@@ -198,3 +222,7 @@ class _Prober:
         rows = self.rng.integers(low, max(vocabulary - 1, low + 1), (probe.nodes, probe.padded_tokens), dtype=np.int32)
         last = probe.padded_tokens // 2 if probe.masked else probe.padded_tokens
         return [*rows[:-1], rows[-1, :last]]
+
+
+def _predict(model: MemoryModel, probe: Probe) -> int:
+    return int(model.predict(probe.nodes, probe.padded_tokens, probe.masked))

@@ -338,8 +338,7 @@ def start_fit(prior: MemoryModel, calibration: Sequence[MemorySample] = ()) -> M
 def refine_fit(fit: MemoryFit, samples: Sequence[MemorySample]) -> MemoryFit:
     """Take in what real micro-batches took: under-prediction is corrected at once, over-prediction step by step.
 
-    No sample in the window is under-predicted by the result. Leave out batches that were partly redone in fp32: their
-    peak belongs to another precision.
+    No sample in the window is under-predicted by the result.
     """
     if not samples:
         return fit
