@@ -209,3 +209,15 @@ def _bare(uuid: str) -> str:
 
 def _to_text(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else value
+
+
+def read_total_bytes(nvml: Any = None) -> int | None:
+    """Memory of this machine's first card; None where NVML finds no card. `nvml` is pynvml unless a test gives another."""
+    sampler = MemorySampler(nvml=nvml)
+    if not sampler._open():
+        return None
+    try:
+        sampler.sample()
+        return sampler.series()[0].total_bytes
+    finally:
+        sampler._nvml.nvmlShutdown()

@@ -96,12 +96,14 @@ class QdrantStore:
         spec = CollectionSpec(name, dimension, fingerprint, model)
         return self._find_physical(spec)[0]
 
-    def prepare_collection(self, name: str, *, dimension: int, fingerprint: str, model: str) -> str:
+    def prepare_collection(
+        self, name: str, *, dimension: int, fingerprint: str, model: str, revision: str = ""
+    ) -> str:
         """Make the collection if it is not there, with its indexes and its alias; returns the physical name.
 
         Order: collection with metadata, indexes, alias. Killed in between, the next call completes it.
         """
-        spec = CollectionSpec(name, dimension, fingerprint, model)
+        spec = CollectionSpec(name, dimension, fingerprint, model, revision)
         physical, info = self._find_physical(spec)
         if info is None:
             self._create_collection(spec)

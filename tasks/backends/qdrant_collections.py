@@ -36,6 +36,7 @@ class CollectionSpec:
     dimension: int
     fingerprint: str
     model: str = ""
+    revision: str = ""  # of the model: a question must be embedded with the same weights
 
     @property
     def physical(self) -> str:
@@ -48,6 +49,7 @@ class CollectionSpec:
             "collection": self.name,
             "fingerprint": self.fingerprint,
             "model": self.model,
+            "revision": self.revision,
             "dimension": self.dimension,
         }
 

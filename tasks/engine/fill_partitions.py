@@ -83,17 +83,17 @@ def _drop_stored(nodes: list[Node], stored: StoredNodes, books: Ledgerbook, lock
 def fill_partitions(
     nodes: Iterable[Node], spool: PartitionSpool, progress: Progress, new_builder: Callable[[], PartitionBuilder]
 ) -> Generator[Partition, None, None]:
-    """Cut the stream into partitions and spool each one. `new_builder` gives the limits in force when a partition begins."""
+    """Cut the stream into partitions and spool each one. `new_builder` is asked for the limits at the first node."""
     waiting: list[Node] = []
     builder: PartitionBuilder | None = None
     index = 0
     for node in nodes:
         builder = builder or new_builder()
-        waiting.append(node)
         # Token ids as int32 and the payload's text, twice for Python's own objects around it.
         host_bytes = 4 * node.tokens + 2 * len(node.payload["_node_content"])
         if builder.add(node.tokens, host_bytes):
             yield spool.write_partition(index, waiting, progress.fraction)
-            waiting, builder, index = [], None, index + 1
+            waiting, index = [], index + 1
+        waiting.append(node)
     if waiting:
         yield spool.write_partition(index, waiting, 1.0)

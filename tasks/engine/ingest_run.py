@@ -255,7 +255,11 @@ def open_run(settings: IngestSettings, environment: Mapping[str, str] | None = N
     store = open_store(settings.qdrant, settings.data_folder, environment=environment or os.environ)
     try:
         physical = store.prepare_collection(
-            settings.qdrant.collection, dimension=files.dimension, fingerprint=spec.fingerprint, model=files.name
+            settings.qdrant.collection,
+            dimension=files.dimension,
+            fingerprint=spec.fingerprint,
+            model=files.name,
+            revision=files.revision,
         )
         run = IngestRun(settings, files, source, store, physical, spec, observer)
         run.spool.clear()  # what a run of this collection left behind that did not end
