@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from flows.terminal import Terminal
 from tasks.errors import (
     ApiUnavailable,
     BallastError,
@@ -23,20 +21,10 @@ from tasks.errors import (
     StoreMismatch,
     StoreUnavailable,
 )
-from tasks.json_ready import summary_to_json, to_json_ready
-from tasks.observe import observing
-from tasks.report import (
-    tabulate_calibration,
-    tabulate_coefficients,
-    tabulate_models,
-    tabulate_plan,
-    tabulate_probes,
-    tabulate_rejections,
-)
-from tasks.settings import build_settings, parse_bytes
 
 if TYPE_CHECKING:
     from flows.progress import RunObserver
+    from flows.terminal import Terminal
     from tasks.config import BudgetSettings, EmbeddingSettings, IngestSettings, QdrantSettings
     from tasks.records import CalibrationReport, PlanReport, SearchHit
 
@@ -172,6 +160,8 @@ LogLevel = Annotated[Literal["debug", "info", "warning", "error"], typer.Option(
 
 def print_version(wanted: bool) -> None:
     if wanted:
+        from importlib.metadata import version
+
         typer.echo(f"ballast {version('ballast')}")
         raise typer.Exit
 
@@ -181,6 +171,13 @@ def describe(
     show_version: Annotated[bool, typer.Option("--version", callback=print_version, is_eager=True)] = False,
 ) -> None:
     """GPU-memory-aware document ingestion for Qdrant: no CUDA out of memory, no lost document, no batch size to choose."""
+
+
+def open_terminal(*, json: bool, quiet: bool) -> Terminal:
+    # Not above: `ballast --help` needs neither numpy nor pydantic, and answers in half the time.
+    from flows.terminal import Terminal
+
+    return Terminal(json=json, quiet=quiet)
 
 
 # ---------------------------------------------------------------------------------------------- commands
@@ -207,7 +204,11 @@ def ingest(
     log_level: LogLevel = "warning",
 ) -> None:
     """Read, chunk, embed and store SOURCE; end with closed books."""
-    terminal = Terminal(json=json, quiet=quiet)
+    from tasks.json_ready import summary_to_json
+    from tasks.observe import observing
+    from tasks.settings import build_settings
+
+    terminal = open_terminal(json=json, quiet=quiet)
     with terminal.logging_from(log_level), ExitCodes(terminal):
         settings = build_settings(
             config_file=config,
@@ -258,7 +259,12 @@ def plan(
     log_level: LogLevel = "warning",
 ) -> None:
     """Say what an ingest of SOURCE would do and whether it fits; nothing is embedded or written."""
-    terminal = Terminal(json=json, quiet=quiet)
+    from tasks.json_ready import to_json_ready
+    from tasks.observe import observing
+    from tasks.report import tabulate_models, tabulate_plan, tabulate_rejections
+    from tasks.settings import build_settings, parse_bytes
+
+    terminal = open_terminal(json=json, quiet=quiet)
     with terminal.logging_from(log_level), ExitCodes(terminal):
         settings = build_settings(
             config_file=config,
@@ -306,7 +312,10 @@ def search(
     log_level: LogLevel = "warning",
 ) -> None:
     """Print the passages nearest to QUESTION; exit code 1 where there is none."""
-    terminal = Terminal(json=json, quiet=quiet)
+    from tasks.json_ready import to_json_ready
+    from tasks.settings import build_settings
+
+    terminal = open_terminal(json=json, quiet=quiet)
     with terminal.logging_from(log_level), ExitCodes(terminal):
         settings = build_settings(
             config_file=config,
@@ -352,7 +361,12 @@ def calibrate(
     log_level: LogLevel = "warning",
 ) -> None:
     """Probe the device and store the fitted memory model; print its error on held-back probes."""
-    terminal = Terminal(json=json, quiet=quiet)
+    from tasks.json_ready import to_json_ready
+    from tasks.observe import observing
+    from tasks.report import tabulate_calibration, tabulate_coefficients, tabulate_probes
+    from tasks.settings import build_settings
+
+    terminal = open_terminal(json=json, quiet=quiet)
     with terminal.logging_from(log_level), ExitCodes(terminal):
         settings = build_settings(
             config_file=config,

@@ -71,7 +71,7 @@ def tabulate_run(summary: RunSummary, off: Sequence[str] | None = None) -> Table
         Column("model", "model", "text"),
         Column("device", "device", "text"),
         Column("tokens", "tokens"),
-        Column("tokens_per_s", "tokens", "rate"),
+        Column("tokens_per_s", "tokens/s", "rate"),
         Column("spilled_fraction", "spilled", "fraction"),
         Column("seconds", "time", "seconds"),
         Column("closed", "books closed", "text"),
@@ -103,7 +103,7 @@ def tabulate_partitions(reports: Iterable[PartitionReport]) -> Table:
         Column("peak_bytes", "peak memory", "bytes"),
         Column("budget_bytes", "budget", "bytes"),
         Column("seconds", "time", "seconds"),
-        Column("tokens_per_s", "tokens", "rate"),
+        Column("tokens_per_s", "tokens/s", "rate"),
     ]
     rows = [
         (
@@ -270,7 +270,7 @@ def tabulate_calibration(report: CalibrationReport) -> Table:
         Column("probes", "probes"),
         Column("median_error", "median error", "fraction"),
         Column("worst_under", "worst under", "fraction"),
-        Column("tokens_per_s", "tokens", "rate"),
+        Column("tokens_per_s", "tokens/s", "rate"),
         Column("seconds", "time", "seconds"),
     ]
     key = report.key
@@ -331,7 +331,7 @@ def render_report(summary: RunSummary, off: Sequence[str] | None = None) -> str:
         f"- device: {escape_markdown(summary.device)}. {escape_markdown(summary.device_note)}",
         f"- stored in: {escape_markdown(summary.physical_collection)}, "
         f"fingerprint {escape_markdown(summary.fingerprint)}",
-        f"- {summary.tokens:,} tokens, {format_value(embedding_tokens_per_s(summary), 'rate')} while embedding; "
+        f"- {summary.tokens:,} tokens, {format_value(embedding_tokens_per_s(summary), 'rate')} tokens/s while embedding; "
         f"{format_value(summary.spilled_fraction, 'fraction')} of the nodes spilled to the CPU",
         f"- time: {describe_times(summary.seconds)}",
         f"- {describe_memory(summary)}",
@@ -379,12 +379,14 @@ def describe_memory(summary: RunSummary) -> str:
 
 
 def describe_steps(report: PartitionReport) -> str:
-    """The ladder in one line, for a state's message: "2 oom, 1 spill; batch 64 -> 1; 3 nodes on the CPU"."""
+    """The ladder in one line, for a state's message: "2 oom, 1 spill; batch 64 -> 16; 3 nodes on the CPU"."""
     if not report.steps:
         return "no ladder steps"
     kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(step.kind for step in report.steps).items())
-    smallest = min(step.nodes_after for step in report.steps)
-    told = f"{kinds}; batch {report.steps[0].nodes_before} -> {smallest}"
+    told = kinds
+    # A spilled node leaves nothing on the device: 0 is not a batch.
+    if batches := [step.nodes_after for step in report.steps if step.nodes_after]:
+        told += f"; batch {report.steps[0].nodes_before} -> {min(batches)}"
     if report.cpu_nodes and report.device != "cpu":
         told += f"; {report.cpu_nodes} nodes on the CPU"
     return told

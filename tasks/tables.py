@@ -35,7 +35,7 @@ class Table:
 
 
 def format_value(value: Value, unit: Unit) -> str:
-    """A value as people read it: 3.2 GiB, 16,800/s, 4 %; a dash where there is none."""
+    """A value as people read it: 3.20 GiB, 12.5 s, 4.0 %; a dash where there is none."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -48,7 +48,7 @@ def format_value(value: Value, unit: Unit) -> str:
         case "seconds":
             return f"{value:.1f} s" if abs(value) < 600 else f"{value / 60:.1f} min"
         case "rate":
-            return f"{value:,.0f}/s"
+            return f"{value:,.0f}"
         case "fraction":
             return f"{value:.1%}".replace("%", " %")
         case "factor":
