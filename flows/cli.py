@@ -136,7 +136,7 @@ def exit_code_of(error: BallastError) -> int:
 
 SourceArgument = Annotated[
     str | None,
-    typer.Argument(metavar="[SOURCE]", help="A file, a folder, a glob or an fsspec URL.", show_default=False),
+    typer.Argument(metavar="SOURCE", help="A file, a folder, a glob or an fsspec URL.", show_default=False),
 ]
 Collection = Annotated[str | None, typer.Option(help="Collection name.", show_default="documents")]
 Model = Annotated[str | None, typer.Option(help="A model id on the hub, or a folder.", show_default="BAAI/bge-m3")]
@@ -296,7 +296,7 @@ def plan(
 @app.command(epilog=EPILOG)
 def search(
     context: typer.Context,
-    question: Annotated[str, typer.Argument(help="What to look for, in plain words.")],
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to look for, in plain words.")],
     collection: Collection = None,
     limit: Annotated[int, typer.Option(min=1, max=1000, help="Passages at most.")] = 5,
     model: Model = None,
