@@ -149,6 +149,9 @@ wants it); the weaker ones are for a kernel that is not the one the prior assume
 TRUSTED_ERROR = 0.08
 """A fit whose worst error is below this explains its samples: no weaker pull is tried."""
 
+SMALL_BYTES = 16 * 1024**2
+"""Peaks below this count as if they were this large: what a batch of three nodes takes must not bend the model."""
+
 UNDER_WEIGHT = 10.0
 """An under-prediction costs an out-of-memory, an over-prediction a slightly smaller batch."""
 
@@ -221,7 +224,7 @@ def _fit_moments(table: _Samples, current: MemoryModel, prior: MemoryModel, pull
     columns[:, 4] = np.where(at_attention & masked, n * s * units[4], 0.0)
     held = np.where(masked & ~at_attention, n * s * prior.mask, 0.0)
     under = table.peak > current.predict(table.b, s, masked)
-    weight = np.sqrt(np.where(under, UNDER_WEIGHT, 1.0)) / table.peak
+    weight = np.sqrt(np.where(under, UNDER_WEIGHT, 1.0)) / np.maximum(table.peak, SMALL_BYTES)
     keep = np.array([prior.fixed, 1.0, 1.0, prior.square, prior.masked_square]) / np.where([1, 0, 0, 1, 1], units, 1.0)
     design = np.vstack([columns * weight[:, None], pull * np.eye(5)])
     target = np.concatenate([(table.peak - held) * weight, pull * keep])
@@ -270,7 +273,8 @@ def _order(model: MemoryModel) -> MemoryModel:
 
 
 def _find_errors(table: _Samples, model: MemoryModel) -> NDArray[np.float64]:
-    return np.asarray(model.predict(table.b, table.s, table.masked) / table.peak - 1.0)
+    predicted = model.predict(table.b, table.s, table.masked)
+    return np.asarray((predicted - table.peak) / np.maximum(table.peak, SMALL_BYTES))
 
 
 def _find_loss(table: _Samples, model: MemoryModel) -> float:
@@ -279,12 +283,14 @@ def _find_loss(table: _Samples, model: MemoryModel) -> float:
 
 
 def _lift(table: _Samples, model: MemoryModel, safety: float) -> MemoryModel:
-    """Scale the terms that masked and unmasked samples have under-predicted, so that none is; and by `safety` on
-    top."""
-    model = replace(model, fixed=max(model.fixed, 1.0))  # nothing can't be scaled
-    # predict() rounds up: measured against the byte below, so that the lifted model covers the sample after rounding,
-    # too.
+    """No sample under-predicted: what is missing by less than SMALL_BYTES / 2 goes to `fixed`, where it can't grow with a
+    batch; for the rest the masked or unmasked terms are scaled. And `safety` on top."""
+    missing = table.peak - model.predict(table.b, table.s, table.masked)
+    absorbed = float(missing[missing <= SMALL_BYTES / 2].max(initial=0.0))
+    model = replace(model, fixed=max(model.fixed + absorbed, 1.0))  # nothing can't be scaled
+    # predict() rounds up: measured against the byte below, so that the lifted model covers the sample after rounding.
     ratio = table.peak / np.maximum(model.predict(table.b, table.s, table.masked) - 1, 1)
+    ratio[missing <= SMALL_BYTES / 2] = 1.0
     plain = safety * float(ratio[~table.masked].max(initial=1.0))
     padded = safety * float(ratio[table.masked].max(initial=1.0))
     return _order(
@@ -309,6 +315,9 @@ RECENT = 64
 
 SLACK = 0.05
 """An over-prediction below this is left alone: a refit costs a millisecond and would win nothing."""
+
+SLIGHT = 0.005
+"""An under-prediction below this is lifted away without a refit."""
 
 DESCENT = 0.25
 """How far a refit may lower a coefficient in one step: peaks that vary don't make the batch swing."""
@@ -351,8 +360,8 @@ def refine_fit(fit: MemoryFit, samples: Sequence[MemorySample]) -> MemoryFit:
     remembered = replace(fit, recent=recent)
     new = _Samples.of(samples)
     error = _find_errors(new, fit.model)
-    if error.min() >= 0 and error.max() <= SLACK:
-        return remembered
+    if error.min() >= -SLIGHT and error.max() <= SLACK:
+        return remembered if error.min() >= 0 else replace(remembered, model=_lift(new, fit.model, 1.0))
     table = _Samples.of(fit.calibration + recent)
     refitted = fit_model(fit.calibration + recent, fit.prior)
     before, after = fit.model.coefficients(), refitted.coefficients()

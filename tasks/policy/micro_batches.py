@@ -28,11 +28,10 @@ MAX_NODES = 4096
 """Of one micro-batch: what gets lost and redone when one fails, and the rows that very short nodes could pile up."""
 
 MIN_TOKENS = 1024
-"""Below this a launch does not fill the device; calibration measures it: what the device embeds in the time of an
-empty launch."""
+"""Below this a launch does not fill the device, nor below `launch_tokens`, if that is more."""
 
 LAUNCH_TOKENS = 256
-"""What a launch costs by itself, in tokens."""
+"""What a launch costs by itself, in tokens, where it was not measured: calibrate() measures it."""
 
 MAX_PAD_FRACTION = 0.15
 """Padding of a masked batch at most, of its padded tokens. The cost decides below it: 8,192 log-normal lengths get 0.1
@@ -87,6 +86,7 @@ def plan_micro_batches(
         return MicroBatchPlan((), np.empty(0, dtype=np.int64))
     if lengths.min() < 1:
         raise ValueError(f"A node without tokens can't be planned: the shortest length is {lengths.min()}")
+    min_tokens = max(min_tokens, launch_tokens)
     order = np.argsort(-lengths, kind="stable").astype(np.int64, copy=False)
     # One group a length, longest first: order[start : start + count] are its rows.
     group_length, start, count = _group_equal(lengths[order])

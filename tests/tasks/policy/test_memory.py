@@ -272,6 +272,18 @@ def test_under_prediction_is_corrected_at_once_and_over_prediction_step_by_step(
     assert before * 0.6 <= predictions[-1] <= before * 0.6 * 1.06
 
 
+def test_a_small_batch_with_a_surprise_does_not_bend_the_model() -> None:
+    fit = start_fit(
+        PRIOR, [measure(PRIOR, 64, 512, False), measure(PRIOR, 8, 256, False), measure(PRIOR, 16, 2001, True)]
+    )
+    tiny = MemorySample(1, 20, False, int(fit.model.predict(1, 20, False)) + 5 * 1024**2)
+    after = refine_fit(fit, [tiny])
+    assert int(after.model.predict(1, 20, False)) >= tiny.peak_bytes
+    for b, s, masked in [(64, 512, False), (256, 128, False), (16, 2001, True)]:
+        before = int(fit.model.predict(b, s, masked))
+        assert before * 0.98 <= int(after.model.predict(b, s, masked)) <= before * 1.02
+
+
 def test_well_predicted_samples_change_nothing_but_the_memory_of_them() -> None:
     fit = start_fit(PRIOR, [measure(PRIOR, 8, 512, False)])
     after = refine_fit(fit, [measure(fit.model, 16, 256, False, 0.99)])
