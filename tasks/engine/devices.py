@@ -117,7 +117,7 @@ def start_devices(settings: IngestSettings, files: ModelFiles, observer: Observe
     Raises DeviceError where a device was asked for by name and can't be had, ModelError where the model can't be loaded.
     """
     embedding = settings.embedding
-    pool = _make_pool(settings, files)
+    pool = make_pool(settings, files)
     device, reason = choose_device(embedding.device)
     if device != "cpu":
         observer.stage("device", f"loading {files.name} on {device}")
@@ -158,7 +158,7 @@ def _start_gpu(settings: IngestSettings, files: ModelFiles, device: str, pool: C
     return Devices(embedder, pool, device=info.device, note=note, tokens_per_s=measured.tokens_per_s, observer=observer)
 
 
-def _make_pool(settings: IngestSettings, files: ModelFiles) -> CpuPool:
+def make_pool(settings: IngestSettings, files: ModelFiles) -> CpuPool:
     cores = len(os.sched_getaffinity(0))
     workers = settings.embedding.cpu_workers or max(1, cores // CORES_PER_CPU_WORKER)
     # The CPU's share of a mixed collection is fp32 whatever the GPU computes in: the vectors agree.

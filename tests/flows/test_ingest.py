@@ -1,0 +1,211 @@
+"""The ingest flow through its front door: real Prefect API, real model, embedded Qdrant."""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tasks.backends.fake_encoder import GIB, FakeEncoder
+from tasks.config import IngestSettings, QdrantSettings
+from tasks.errors import SourceError, StoreMismatch
+from tasks.records import RunSummary
+
+pytestmark = pytest.mark.usefixtures("prefect_api")
+
+POEM = "The lighthouse keeper counts the ships at dusk. "
+TEXTS = {
+    "harbour.md": "# Harbour\n\nThe pilot boards two miles before the breakwater.\n\n## Tugs\n\nTwo tugs are required above 60,000 tonnes.",
+    "poem.txt": POEM * 40,
+    "rules.txt": "Ballast water is exchanged at least 200 nautical miles from land. The log is kept for two years.",
+}
+
+
+def write_texts(folder: Path, texts: dict[str, str] | None = None) -> Path:
+    folder.mkdir(exist_ok=True)
+    for name, text in (texts or TEXTS).items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+def make_settings(source: Path | str, data: Path, model: str, **groups: dict[str, Any]) -> IngestSettings:
+    values: dict[str, Any] = {
+        "source": {"uri": str(source)},
+        "embedding": {"model": model, "device": "cpu"},
+        "chunking": {"workers": 1},
+        "qdrant": {"collection": "port"},
+        "data_folder": str(data),
+    }
+    for name, group in groups.items():
+        values[name] = {**values.get(name, {}), **group}
+    return IngestSettings.model_validate(values)
+
+
+def run_flow(settings: IngestSettings) -> tuple[Any, RunSummary | None]:
+    """The flow run's final state, and the summary the observer was given."""
+    from flows.ingest import ingest
+    from flows.progress import RunObserver
+    from tasks.observe import observing
+
+    observer = RunObserver()
+    with observing(observer):
+        state = ingest(settings, return_state=True)
+    return state, observer.finished[0] if observer.finished else None
+
+
+def read_artifacts(state: Any) -> dict[str, Any]:
+    """The newest artifact of each key, of this flow run."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+
+    with get_client(sync_client=True) as client:
+        run_filter = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[state.state_details.flow_run_id]))
+        found = client.read_artifacts(artifact_filter=run_filter)
+    return {str(artifact.key): artifact.data for artifact in sorted(found, key=lambda artifact: str(artifact.updated))}
+
+
+def read_task_states(state: Any) -> list[tuple[str, str, str]]:
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+
+    with get_client(sync_client=True) as client:
+        runs = client.read_task_runs(
+            flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[state.state_details.flow_run_id]))
+        )
+    return [(run.name, run.state.name, run.state.message or "") for run in runs if run.state is not None]
+
+
+def test_documents_end_up_in_qdrant_and_the_run_shows_how(tmp_path: Path, minilm: str) -> None:
+    settings = make_settings(write_texts(tmp_path / "docs"), tmp_path / "data", minilm)
+    state, summary = run_flow(settings)
+    assert state.is_completed(), state.message
+    assert summary is not None
+    assert (summary.books.documents_seen, summary.books.documents_written) == (3, 3)
+    assert summary.books.nodes_cpu == summary.books.nodes_planned == summary.books.points_counted > 3
+    assert "asked for by embedding.device" in summary.device_note
+
+    names = Counter(name.rstrip("0123456789 ").split("-")[0] for name, _, _ in read_task_states(state))
+    assert names == {"prepare": 1, "start devices": 1, "chunk partition": 2, "embed partition": 1, "upsert partition": 1}
+    artifacts = read_artifacts(state)
+    assert set(artifacts) == {"progress-port", "partitions-port", "books-port", "report-port"}
+    assert artifacts["progress-port"] == 100
+    assert json.loads(artifacts["partitions-port"])[0]["nodes"] == str(summary.books.nodes_planned)
+    assert "books closed" in artifacts["report-port"]
+
+
+def test_a_second_run_finds_everything_there_and_loads_no_model(tmp_path: Path, minilm: str) -> None:
+    settings = make_settings(write_texts(tmp_path / "docs"), tmp_path / "data", minilm)
+    run_flow(settings)
+    state, summary = run_flow(settings)
+    assert state.is_completed()
+    assert summary is not None
+    assert summary.books.documents_unchanged == summary.books.documents_seen == 3
+    assert summary.books.nodes_reused == summary.books.nodes_planned
+    assert summary.device == "none"
+    assert summary.partitions == []
+
+
+def test_what_was_ingested_is_found_by_its_meaning(tmp_path: Path, minilm: str) -> None:
+    from tasks.search import search_collection
+
+    settings = make_settings(write_texts(tmp_path / "docs"), tmp_path / "data", minilm)
+    run_flow(settings)
+    hits = search_collection(
+        "How many tugboats does a large vessel need?",
+        embedding=settings.embedding,
+        qdrant=settings.qdrant,
+        data_folder=settings.data_folder,
+        limit=3,
+    )
+    assert hits[0].doc_id == "harbour.md"
+    assert "Two tugs" in hits[0].text
+    document = TEXTS["harbour.md"]
+    assert hits[0].start_char is not None
+    assert document[hits[0].start_char : hits[0].end_char].strip() == hits[0].text.strip()
+
+
+def test_a_document_that_cannot_be_read_ends_the_run_red_and_the_others_are_stored(tmp_path: Path, minilm: str) -> None:
+    folder = write_texts(tmp_path / "docs")
+    (folder / "broken.pdf").write_bytes(b"%PDF-1.7 and then nothing of the kind")
+    (folder / "empty.txt").touch()
+    state, summary = run_flow(make_settings(folder, tmp_path / "data", minilm))
+    assert state.is_failed()
+    assert state.name == "DocumentsFailed"
+    assert "1 of 5 documents failed: broken.pdf" in state.message
+    assert summary is not None
+    books = summary.books
+    assert (books.documents_written, books.documents_failed, books.documents_skipped) == (3, 1, 1)
+    assert "broken.pdf" in read_artifacts(state)["report-port"]
+
+
+def test_another_chunking_is_refused_before_a_model_is_loaded(tmp_path: Path, minilm: str) -> None:
+    docs, data = write_texts(tmp_path / "docs"), tmp_path / "data"
+    run_flow(make_settings(docs, data, minilm))
+    shutil.rmtree(data / "memory-models")
+    state, summary = run_flow(make_settings(docs, data, minilm, chunking={"workers": 1, "max_tokens": 64}))
+    assert state.is_failed()
+    assert summary is None
+    with pytest.raises(StoreMismatch, match="fingerprint"):
+        state.result()
+    assert not (data / "memory-models").exists()  # a device that starts measures itself
+
+
+def test_a_source_that_is_not_there_is_refused(tmp_path: Path, minilm: str) -> None:
+    state, _ = run_flow(make_settings(tmp_path / "nowhere", tmp_path / "data", minilm))
+    with pytest.raises(SourceError, match="nowhere"):
+        state.result()
+
+
+def test_the_settings_hold_no_secret(tmp_path: Path, minilm: str) -> None:
+    """The API key is taken from the environment where it is used; a flow parameter would show it to everybody."""
+    assert not [name for name in QdrantSettings.model_fields if "key" in name]
+
+
+def test_a_step_down_shows_on_the_runs_page(tmp_path: Path, minilm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One GPU double for the faults; the pool that takes what it spills is the real one."""
+    from tasks.engine import ingest_run
+    from tasks.engine.devices import Devices, make_pool
+    from tasks.engine.embed_nodes import EmbedSettings, NodeEmbedder
+    from tasks.policy.memory import MemoryModel, start_fit
+
+    gpu = FakeEncoder(total_bytes=2 * GIB, dimension=384, max_tokens=256, c0=0.0, c1=5.0 * 1024**2, oom_calls={1})
+
+    def start(settings: IngestSettings, files: Any, observer: Any) -> Devices:
+        pool = make_pool(settings, files)
+        law = MemoryModel(gpu.c0, gpu.c1, 0.0, 0.0, gpu.c1, gpu.c1, gpu.c2, 0.0)
+        options = EmbedSettings(max_micro_batch_tokens=4096, margin_fraction=0.0)
+        embedder = NodeEmbedder(gpu, start_fit(law), options, spill=pool)
+        return Devices(embedder, pool, device="cuda:0", note="a double", tokens_per_s=1e6, observer=observer)
+
+    monkeypatch.setattr(ingest_run, "start_devices", start)
+    state, summary = run_flow(make_settings(write_texts(tmp_path / "docs"), tmp_path / "data", minilm))
+    assert state.is_completed(), state.message
+    assert summary is not None
+    assert summary.books.nodes_cpu > 0
+    assert summary.books.nodes_gpu > 0
+    assert summary.books.nodes_gpu + summary.books.nodes_cpu == summary.books.nodes_planned
+    (embed,) = [entry for entry in read_task_states(state) if entry[0].startswith("embed")]
+    assert embed[1] == "CompletedDegraded"
+    assert "1 oom" in embed[2]
+    artifacts = read_artifacts(state)
+    rows = json.loads(artifacts["ladder-port"])
+    assert {"oom", "spill"} <= {row["step"] for row in rows}
+    assert all(row["reason"] for row in rows)
+    assert_vectors_are_whole(tmp_path / "data", summary)
+
+
+def assert_vectors_are_whole(data: Path, summary: RunSummary) -> None:
+    from tasks.backends.qdrant import open_store
+
+    store = open_store(QdrantSettings(), str(data), environment={})
+    try:
+        points, _ = store._client.scroll(summary.physical_collection, limit=1000, with_vectors=True)
+    finally:
+        store.close()
+    vectors: Sequence[Any] = [point.vector["text-dense"] for point in points]  # type: ignore[index, call-overload]
+    assert len(vectors) == summary.books.points_counted
+    np.testing.assert_allclose(np.linalg.norm(np.asarray(vectors), axis=1), 1.0, atol=1e-3)
