@@ -34,7 +34,7 @@ NOT_EMBEDDED = "not_embedded"  # metadata key that names the metadata left out o
 
 _RESERVED = re.compile(r"_node_.*|doc_id|document_id|ref_doc_id|generation|not_embedded")
 _NON_SPACE = re.compile(r"\S")
-_SEARCH_CHARS = 65_536  # how far ahead a node's place is looked for where Markdown's parser rewrote what came before
+_SEARCH_CHARS = 65_536  # how far from where it should be a node's text is looked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +102,17 @@ class Chunker:
                 len(drafts),
                 left_out,
             )
-        return self._build_nodes(replace_surrogates(document.doc_id), text, metadata, drafts, generation)
+        places = _find_places(text, [draft.text for draft in drafts], rewritten=self._is_markdown(document.format))
+        return self._build_nodes(replace_surrogates(document.doc_id), text, metadata, drafts, places, generation)
 
     # ------------------------------------------------------------------------------------------ splitting
 
-    def _split_sections(self, text: str, text_format: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _is_markdown(self, text_format: str) -> bool:
         splitter = self._settings.splitter
-        if splitter == "sentence" or (splitter == "auto" and text_format != "markdown"):
+        return splitter == "markdown" or (splitter == "auto" and text_format == "markdown")
+
+    def _split_sections(self, text: str, text_format: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        if not self._is_markdown(text_format):
             yield text, {}
             return
         from llama_index.core.node_parser import MarkdownNodeParser
@@ -199,7 +203,13 @@ class Chunker:
     # ------------------------------------------------------------------------------------------ nodes
 
     def _build_nodes(
-        self, doc_id: str, text: str, metadata: dict[str, Any], drafts: Sequence[_Draft], generation: str
+        self,
+        doc_id: str,
+        text: str,
+        metadata: dict[str, Any],
+        drafts: Sequence[_Draft],
+        places: Sequence[tuple[int, int] | None],
+        generation: str,
     ) -> tuple[Node, ...]:
         from llama_index.core.node_parser.node_utils import build_nodes_from_splits
         from llama_index.core.schema import Document as LlamaDocument
@@ -216,7 +226,6 @@ class Chunker:
         llama_nodes: list[TextNode] = build_nodes_from_splits(
             [draft.text for draft in drafts], source, id_func=lambda index, _: ids[index]
         )
-        places = _find_places(text, [draft.text for draft in drafts])
         for llama_node, draft, place in zip(llama_nodes, drafts, places, strict=True):
             llama_node.metadata = dict(draft.metadata)
             llama_node.excluded_embed_metadata_keys = list(draft.excluded_keys)
@@ -246,7 +255,7 @@ def _format_metadata(metadata: Mapping[str, Any]) -> str:
     return "\n".join(f"{key}: {value!s}" for key, value in metadata.items()).strip() + "\n\n"
 
 
-def _find_places(text: str, chunks: Sequence[str]) -> list[tuple[int, int] | None]:
+def _find_places(text: str, chunks: Sequence[str], *, rewritten: bool) -> list[tuple[int, int] | None]:
     """Where in the text each chunk stands, or None where Markdown's parser rewrote it.
 
     LlamaIndex takes the first match behind the previous node's start, which in repeated text leaves holes. The last
@@ -258,8 +267,10 @@ def _find_places(text: str, chunks: Sequence[str]) -> list[tuple[int, int] | Non
         uncovered = _NON_SPACE.search(text, covered)
         latest = uncovered.start() if uncovered else len(text)
         start = text.rfind(chunk, max(0, latest - len(chunk)), latest + len(chunk))
-        if start < 0:
+        if start < 0 and rewritten:
             start = text.find(chunk, latest, latest + len(chunk) + _SEARCH_CHARS)
+        if start < 0:  # in repeated text the matches run ahead, and may have reached the end before the nodes do
+            start = text.rfind(chunk, max(0, latest - len(chunk) - _SEARCH_CHARS), latest + len(chunk))
         if start < 0:
             places.append(None)
             continue
@@ -284,8 +295,10 @@ def _to_json(value: Any) -> Any:
         value = value.tolist()
     if isinstance(value, str):
         return replace_surrogates(str(value))
-    if value is None or isinstance(value, bool | int):
+    if value is None or isinstance(value, bool):
         return value
+    if isinstance(value, int):
+        return int(value) if -(2**63) <= value < 2**63 else str(value)  # Qdrant's integers have 64 bits
     if isinstance(value, float):
         return value if math.isfinite(value) else None  # JSON has neither NaN nor infinity
     if isinstance(value, Mapping):

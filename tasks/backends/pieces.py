@@ -45,9 +45,15 @@ class WordCounter:
     def __init__(self, tokenizer: NodeTokenizer) -> None:
         self._tokenizer = tokenizer
         self._counts: dict[str, int] = {}
+        self._last = MeasuredText("", np.zeros(0, np.int64), np.zeros(1, np.int64))
 
     def measure(self, text: str) -> MeasuredText:
         """Take the size of every word of `text`; the text holds no lone surrogates."""
+        if self._last.text != text:  # the splitter asks for a text's size first, then for its pieces
+            self._last = self._measure(text)
+        return self._last
+
+    def _measure(self, text: str) -> MeasuredText:
         spans = [match.span() for match in _WORD.finditer(text)]
         # A word comes with the space before it: byte-level tokenizers count "\n    return" and " return" differently.
         ends = [0, *(end for _, end in spans)]

@@ -1,17 +1,20 @@
-"""The embedding model's own tokenizer, without torch: the ids made here are exactly what the model is fed."""
+"""The embedding model's own tokenizer, without torch: the ids made here are what the model is fed."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tasks.backends.processes import spawn_pool
 from tasks.errors import ModelError
 from tasks.records import TokenIds
 
@@ -30,9 +33,14 @@ def replace_surrogates(text: str) -> str:
 class NodeTokenizer:
     """Never truncates, never pads. Prompts go before the text as they are, as SentenceTransformer.encode has it."""
 
-    def __init__(self, model_path: str, *, document_prompt: str = "", query_prompt: str = "") -> None:
-        """Read the tokenizer of the model in folder `model_path`. Raises ModelError."""
-        self._tokenizer = _load_tokenizer(Path(model_path))
+    def __init__(
+        self, model_path: str, *, document_prompt: str = "", query_prompt: str = "", tokenizer_file: str | None = None
+    ) -> None:
+        """Read the tokenizer of the model in folder `model_path`, or what export_tokenizer made of it. Raises ModelError."""
+        if tokenizer_file is None:
+            self._tokenizer = _load_tokenizer(Path(model_path))
+        else:
+            self._tokenizer = _read_tokenizer(Path(tokenizer_file))
         # tokenizer.json may carry both: MiniLM's truncates at 128 and pads to 128.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -67,19 +75,52 @@ class NodeTokenizer:
         return np.fromiter((start for start, _ in offsets), np.int64, len(offsets))
 
 
-def _load_tokenizer(folder: Path) -> Tokenizer:
-    from tokenizers import Tokenizer, normalizers
+def export_tokenizer(model_path: str, revision: str, folder: str) -> str:
+    """Path of a file in `folder` with the tokenizer as transformers builds it; made once a model revision. Raises ModelError.
 
+    transformers 5 makes the tokenizers of known models anew from their vocabulary: what sentence-transformers feeds may
+    differ from what the model's tokenizer.json says (XLM-R: line breaks and spaces at the ends). It takes torch to know:
+    a process of its own pays for that, the first time.
+    """
+    made_by = f"{revision} {version('transformers')} {version('tokenizers')}"
+    path = Path(folder) / f"{hashlib.sha256(made_by.encode()).hexdigest()[:32]}.json"
+    if not path.is_file():
+        with spawn_pool(1) as pool:
+            content = pool.submit(_build_tokenizer, model_path).result()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+        unfinished.write_text(content, encoding="utf-8")
+        unfinished.replace(path)
+    return str(path)
+
+
+def _build_tokenizer(model_path: str) -> str:
+    folder = Path(model_path)
+    transformer = folder / _find_transformer(folder)
+    return _add_lowercase(_convert_tokenizer(transformer), transformer).to_str()
+
+
+def _load_tokenizer(folder: Path) -> Tokenizer:
     transformer = folder / _find_transformer(folder)
     path = transformer / "tokenizer.json"
-    if not path.is_file():
-        return _convert_tokenizer(transformer)
+    tokenizer = _read_tokenizer(path) if path.is_file() else _convert_tokenizer(transformer)
+    return _add_lowercase(tokenizer, transformer)
+
+
+def _read_tokenizer(path: Path) -> Tokenizer:
+    from tokenizers import Tokenizer
+
     content = path.read_text(encoding="utf-8")
     try:
         json.loads(content)
     except ValueError as error:
-        raise ModelError(f"{path} is not valid JSON: {error}. Download the model again.") from error
-    tokenizer = Tokenizer.from_str(content)
+        raise ModelError(f"{path} is not valid JSON: {error}. Remove it, or download the model again.") from error
+    return Tokenizer.from_str(content)
+
+
+def _add_lowercase(tokenizer: Tokenizer, transformer: Path) -> Tokenizer:
+    from tokenizers import normalizers
+
     sentence_config = transformer / "sentence_bert_config.json"
     if sentence_config.is_file() and json.loads(sentence_config.read_text(encoding="utf-8")).get("do_lower_case"):
         parts = [] if tokenizer.normalizer is None else [tokenizer.normalizer]
@@ -95,7 +136,7 @@ def _find_transformer(folder: Path) -> str:
 
 
 def _convert_tokenizer(transformer: Path) -> Tokenizer:
-    # Older models have a vocabulary or a sentencepiece model only: transformers converts it, importing torch to do so.
+    # Some models have a vocabulary or a sentencepiece model only: transformers converts it, importing torch to do so.
     from transformers import AutoTokenizer
 
     try:

