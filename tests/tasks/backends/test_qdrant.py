@@ -445,7 +445,8 @@ def test_a_body_over_the_servers_limit_is_halved_until_one_point_is_refused() ->
         physical = prepare(store)
         store.upsert(physical, ids, vectors, payloads)
         assert store.count(physical) == 4
-        store.refresh_payloads(physical, ids, payloads)
+        store.refresh_payloads(physical, ids, [{**payload, "generation": "g2"} for payload in payloads])
+        assert store.existing_generations(physical, ids) == dict.fromkeys(ids, "g2")
         payloads[2]["big"] = "x" * 200_000
         with pytest.raises(StoreRejected, match=r"upsert 1 points .*HTTP 400.*larger than allowed"):
             store.upsert(physical, ids, vectors, payloads)
