@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -120,6 +123,30 @@ class ExitCodes:
                 raise typer.Exit(BUG) from None
 
 
+@contextmanager
+def stop_on_ctrl_c(terminal: Terminal) -> Iterator[None]:
+    """The first Ctrl-C lets the run end in order, which takes as long as the partition on the device; the second ends now.
+
+    Ending now is safe: the worker processes and the embedded API end with this process, and the next run goes on where
+    this one was.
+    """
+
+    def stop(_signal: int, _frame: object) -> None:
+        if asked:
+            terminal.show_cursor()
+            os._exit(INTERRUPTED)
+        asked.append(True)
+        terminal.print_notice("Stopping when the partition on the device is done. Ctrl-C again to stop at once.")
+        raise KeyboardInterrupt
+
+    asked: list[bool] = []
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def exit_code_of(error: BallastError) -> int:
     """1 where nothing says otherwise."""
     match error:
@@ -227,7 +254,7 @@ def ingest(
                 "data_folder": data_folder,
             },
         )
-        with terminal.watch() as observer, observing(observer):
+        with stop_on_ctrl_c(terminal), terminal.watch() as observer, observing(observer):
             is_green = context.ensure_object(Operations).ingest(settings, observer)
         if observer.finished is None:
             raise BallastError("The flow ended without its books: see the run in Prefect's UI, or --log-level info.")

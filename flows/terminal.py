@@ -153,6 +153,14 @@ class Terminal:
             width = min(self._out.width, 100)
             self._out.print(Text(textwrap.fill(passage, width, initial_indent="   ", subsequent_indent="   ")), "")
 
+    def print_notice(self, message: str) -> None:
+        """A sentence on stderr, whatever the mode."""
+        self._err.print(Text(message, style="yellow"), soft_wrap=True)
+
+    def show_cursor(self) -> None:
+        """Before leaving without unwinding: the bars hide it."""
+        self._err.show_cursor()
+
     def print_error(self, kind: str, message: str) -> None:
         """A readable error on stderr; with --json an object on stdout as well, so that a program needs one stream only."""
         if self.json:
@@ -217,7 +225,7 @@ def describe_position(hit: SearchHit) -> str:
     parts = [
         f"{label}{clean_text(str(hit.metadata[key]))}"
         for key, label in (("page_label", "page "), ("header_path", ""))
-        if hit.metadata.get(key)
+        if str(hit.metadata.get(key) or "").strip("/")  # "/" is LlamaIndex's path of text under no heading
     ]
     if hit.start_char is not None and hit.end_char is not None:
         parts.append(f"chars {hit.start_char}-{hit.end_char}")

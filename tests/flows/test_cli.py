@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -214,6 +215,35 @@ def test_a_bug_is_shown_whole() -> None:
 
 def test_ctrl_c_is_130() -> None:
     assert ballast("ingest", "docs", operations=Recorded(KeyboardInterrupt())).exit_code == 130
+
+
+STUBBORN = """
+import sys, time
+from flows.cli import Operations, app
+
+class Stubborn(Operations):
+    def ingest(self, settings, observer):
+        print("running", flush=True)
+        try:
+            time.sleep(60)
+        finally:
+            time.sleep(60)
+
+app(["ingest", "docs"], obj=Stubborn())
+"""
+
+
+def test_a_second_ctrl_c_does_not_wait() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", STUBBORN], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
+        assert run.stdout is not None
+        assert run.stderr is not None
+        assert run.stdout.readline() == "running\n"
+        run.send_signal(signal.SIGINT)
+        assert "Ctrl-C again to stop at once" in run.stderr.readline()
+        run.send_signal(signal.SIGINT)
+        assert run.wait(timeout=30) == 130
 
 
 def test_a_flow_that_ends_without_books_is_a_failure() -> None:
