@@ -109,30 +109,23 @@ def describe_folder(folder: Path, *, name: str, revision: str) -> ModelFiles:
 
 
 def _download(model: str, revision: str | None) -> Path:
-    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         HFValidationError,
+        HTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
-    ignored = [*_UNWANTED]
     try:
-        if not constants.HF_HUB_OFFLINE:
-            # bge-m3 has only pytorch_model.bin, most others have it beside the same weights as safetensors.
-            siblings = {sibling.rfilename for sibling in HfApi().model_info(model, revision=revision).siblings or ()}
-            if {"model.safetensors", "model.safetensors.index.json"} & siblings:
-                ignored.append("pytorch_model*.bin")
+        ignored = [*_UNWANTED, *_list_duplicate_weights(model, revision)]
         return Path(snapshot_download(model, revision=revision, allow_patterns=[*_WANTED], ignore_patterns=ignored))
     except GatedRepoError as error:
         raise ModelError(f"{model} is gated. Accept its terms on the hub and set HF_TOKEN.") from error
     except RevisionNotFoundError as error:
-        raise ModelError(
-            f"{model} has no revision {revision!r} on the hub. Leave it unset for the default branch."
-        ) from error
+        raise ModelError(f"{model} has no revision {revision!r} on the hub. Leave it unset for the default.") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise ModelError(
             f"{model} is neither a folder here nor a model on the hub. Check the name; a private one needs HF_TOKEN."
@@ -143,28 +136,26 @@ def _download(model: str, revision: str | None) -> Path:
             f"{model} is not in the hub's cache ({constants.HF_HUB_CACHE}) and {reason}. "
             "Download it once with a connection and HF_HUB_OFFLINE=0, or give a folder that holds the model."
         ) from error
-    except (HfHubHTTPError, OSError) as error:
-        if not isinstance(error, HfHubHTTPError | ConnectionError | TimeoutError) and not _is_transport_error(error):
-            raise
-        return _find_in_cache(model, revision, error)
-
-
-def _is_transport_error(error: BaseException) -> bool:
-    # huggingface_hub speaks through httpx from 1.0 on, whose errors are no OSError of the kinds above.
-    return type(error).__module__.partition(".")[0] in {"httpx", "httpcore", "requests", "urllib3"}
-
-
-def _find_in_cache(model: str, revision: str | None, cause: Exception) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(model, revision=revision, local_files_only=True))
-    except LocalEntryNotFoundError:
+    except HTTPError as error:  # the base of the hub's own and of its transport's, httpx or what has taken its place
         raise ModelError(
-            f"The hub can't be reached for {model} ({cause}), and it is not in the hub's cache. "
-            "Try again, or give a folder that holds the model."
-        ) from cause
+            f"The hub broke off while {model} was downloaded: {error}. Try again, what is complete is kept; "
+            "or give a folder that holds the model."
+        ) from error
+
+
+def _list_duplicate_weights(model: str, revision: str | None) -> list[str]:
+    """Patterns of weights that are there a second time: bge-m3 has only pytorch_model.bin, most have safetensors too."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HTTPError
+
+    if constants.HF_HUB_OFFLINE:
+        return []
+    try:
+        siblings = HfApi().model_info(model, revision=revision).siblings or ()
+    except HTTPError:
+        return []  # the download itself meets the same trouble and tells, or finds the model in the cache
+    names = {sibling.rfilename for sibling in siblings}
+    return ["pytorch_model*.bin"] if {"model.safetensors", "model.safetensors.index.json"} & names else []
 
 
 def _hash_folder(folder: Path) -> str:

@@ -201,7 +201,16 @@ def test_missing_weights_torn_files_and_wrong_names_are_refused(tmp_path: Path) 
         resolve_model(str(tmp_path / "nowhere"))
 
 
-def test_a_hub_model_that_is_not_cached_says_the_way_out_and_no_torch_is_imported(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set"),
+        ({"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}, "the hub can't be reached"),
+    ],
+)
+def test_a_hub_model_that_is_not_cached_says_the_way_out_and_no_torch_is_imported(
+    settings: dict[str, str], reason: str, tmp_path: Path
+) -> None:
     program = (
         "import sys\n"
         "from tasks.backends.model_files import resolve_model\n"
@@ -210,9 +219,10 @@ def test_a_hub_model_that_is_not_cached_says_the_way_out_and_no_torch_is_importe
         "except ModelError as error:\n    print(error)\n"
         "print(sorted({'torch', 'transformers', 'sentence_transformers'} & set(sys.modules)))\n"
     )
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    environment = {**os.environ, "HF_HOME": str(tmp_path), **settings}
     ran = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert "BAAI/bge-m3 is not in the hub's cache" in ran.stdout
+    assert reason in ran.stdout
     assert "HF_HUB_OFFLINE=0, or give a folder" in ran.stdout
     assert ran.stdout.endswith("[]\n")
 
