@@ -24,7 +24,7 @@ $(READY): requirements.lock pyproject.toml
 
 demo: $(READY) ## Ingest the sample documents into an embedded Qdrant and search them
 	$(BIN)/ballast ingest tests/samples --collection demo --model "$(MINILM)" --data-folder .ballast/demo
-	$(BIN)/ballast search "How long may a tank be left uninspected?" --collection demo --data-folder .ballast/demo --limit 3
+	$(BIN)/ballast search "How long must a ballast tank be ventilated before somebody enters it?" --collection demo --data-folder .ballast/demo --limit 3
 
 test: $(READY) lint ## Lint, type-check and run every test
 	$(BIN)/python -m pytest

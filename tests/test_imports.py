@@ -24,15 +24,25 @@ WRAPPED: dict[str, set[str]] = {
     "memory_store": set(),
     "model_files": {"huggingface_hub"},
     "nvml": {"pynvml"},
-    "process_encoder": set(),
+    "process_encoder": {"transformers"},
     "processes": set(),
-    "qdrant": {"qdrant_client", "tenacity", "grpc"},
-    "readers": {"llama_index", "pypdf", "docx2txt", "bs4", "fsspec"},
+    "fake_qdrant_server": {"qdrant_client"},
+    "filesystem": {"fsspec"},
+    "pieces": set(),
+    "points": {"qdrant_client"},
+    "qdrant": {"qdrant_client"},
+    "qdrant_calls": {"qdrant_client", "tenacity"},
+    "qdrant_collections": {"qdrant_client"},
+    "qdrant_connection": {"qdrant_client", "portalocker"},
+    "qdrant_faults": {"qdrant_client", "grpc"},
+    "readers": {"bs4", "docx2txt", "fsspec", "markdownify", "pypdf", "yaml"},
     "sources": {"fsspec"},
     "spool": {"pyarrow", "fsspec"},
     "tables": {"pyarrow", "fsspec"},
+    "texts": set(),
     "tokenizer": {"tokenizers", "transformers"},
-    "torch_encoder": {"torch", "sentence_transformers", "transformers"},
+    "torch_encoder": {"torch"},
+    "torch_model": {"torch", "sentence_transformers", "transformers"},
 }
 # Libraries that must not load when a module is imported, only when it is used.
 HEAVY = {
@@ -91,7 +101,7 @@ def allowed_for(path: Path) -> set[str]:
         case ("tasks", "policy", _):
             # Pure: no clock, no environment, no I/O. The standard library's doors to them are closed below.
             return (
-                (STDLIB - {"os", "time", "random", "pathlib", "io", "subprocess", "socket", "threading"})
+                (STDLIB - {"os", "time", "random", "io", "subprocess", "socket", "threading"})
                 | {"numpy", "tasks.policy"}
                 | BASE
             )
@@ -105,7 +115,7 @@ def allowed_for(path: Path) -> set[str]:
             )
         case ("tasks", _):
             return STDLIB | {"numpy", "prefect", "pydantic", "tasks"}
-        case ("flows", "cli" | "terminal"):
+        case ("flows", "cli" | "progress" | "terminal"):
             return STDLIB | {"typer", "rich", "click", "pydantic", "prefect", "flows", "tasks"}
         case ("flows", _):
             return STDLIB | {"prefect", "flows", "tasks", "uvicorn", "httpx"}

@@ -96,7 +96,7 @@ def _parse_markdown(data: bytes, settings: SourceSettings) -> Parsed:
 
 def _parse_front_matter(block: str) -> dict[str, Any] | None:
     """Its scalars and lists of scalars; None where it is no YAML mapping (a page may well begin with a rule)."""
-    import yaml  # type: ignore[import-untyped]
+    import yaml
 
     try:
         values = yaml.safe_load(block)

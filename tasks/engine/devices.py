@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,9 @@ from tasks.engine.measure_device import MeasuredDevice, measure_device, to_embed
 from tasks.errors import ConfigError, DeviceError
 from tasks.observe import Observer
 from tasks.policy.failures import classify_failure
-from tasks.records import ModelFiles, TokenIds
+from tasks.records import BudgetMark, ModelFiles, TokenIds
 
+MAX_MARKS = 10_000  # of the budget's series
 CORES_PER_CPU_WORKER = (
     4  # more threads on one model gain little; fewer, and each worker's copy of the weights costs more
 )
@@ -84,12 +86,25 @@ class Devices:
         self.note = note
         self.tokens_per_s = tokens_per_s
         self.observer = observer
+        self.budget_series: list[BudgetMark] = []
+        self._started = time.monotonic()
+
+    def start_clock(self) -> None:
+        """Count the budget's marks from now on, as the sampler counts its readings."""
+        self._started = time.monotonic()
+
+    def _mark_budget(self, nodes: int, budget_bytes: int) -> None:
+        # Only where something changed: a long run has millions of micro-batches.
+        last = self.budget_series[-1] if self.budget_series else None
+        if last is None or (last.budget_bytes, last.batch_nodes) != (budget_bytes, nodes):
+            if len(self.budget_series) < MAX_MARKS:
+                self.budget_series.append(BudgetMark(time.monotonic() - self._started, budget_bytes, nodes))
 
     def embed(self, token_ids: Sequence[TokenIds], partition_index: int) -> Embedded:
         """On the GPU, what it can't place goes to the pool; one caller at a time."""
         if self.embedder is None:
             raise DeviceError("There is no GPU to embed on: use spread_over_pool().")
-        progress = _Progress(self.observer, partition_index, len(token_ids), self.device)
+        progress = _Progress(self.observer, self._mark_budget, partition_index, len(token_ids), self.device)
         return self.embedder.embed(
             token_ids, Watch(progress, lambda step: self.observer.ladder_step(partition_index, step))
         )
@@ -97,7 +112,7 @@ class Devices:
     def spread_over_pool(self, token_ids: Sequence[TokenIds], partition_index: int, dimension: int) -> Embedded:
         """A share for each worker of the pool, long and short nodes alike in each; collect_spilled() waits for them."""
         embedded = start_embedding(token_ids, dimension, "cpu")
-        progress = _Progress(self.observer, partition_index, len(token_ids), "cpu")
+        progress = _Progress(self.observer, self._mark_budget, partition_index, len(token_ids), "cpu")
         watch = Watch(progress, lambda step: self.observer.ladder_step(partition_index, step))
         for first in range(min(self.pool.workers, len(token_ids))):
             rows = np.arange(first, len(token_ids), self.pool.workers)
@@ -188,16 +203,20 @@ def make_pool(settings: IngestSettings, files: ModelFiles) -> CpuPool:
 class _Progress:
     """Counts a partition's nodes for the observer; called from several of the pool's threads."""
 
-    def __init__(self, observer: Observer, partition_index: int, nodes: int, device: str) -> None:
+    def __init__(
+        self, observer: Observer, mark: Callable[[int, int], None], partition_index: int, nodes: int, device: str
+    ) -> None:
         self._observer = observer
+        self._mark = mark
         self._partition_index = partition_index
         self._nodes = nodes
         self._device = device
         self._done = 0
         self._lock = threading.Lock()
 
-    def __call__(self, nodes: int, tokens: int) -> None:
+    def __call__(self, nodes: int, tokens: int, budget_bytes: int) -> None:
         with self._lock:
             self._done += nodes
             done = self._done
+        self._mark(nodes, budget_bytes)
         self._observer.micro_batch_done(self._partition_index, done, self._nodes, tokens, self._device)

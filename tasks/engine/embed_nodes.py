@@ -93,9 +93,9 @@ class Embedded:
 
 @dataclass(frozen=True, slots=True)
 class Watch:
-    """Who is told: of each micro-batch's nodes and tokens, and of each step of the ladder."""
+    """Who is told: of each micro-batch's nodes, tokens and budget, and of each step of the ladder."""
 
-    on_batch: Callable[[int, int], None] = lambda _nodes, _tokens: None
+    on_batch: Callable[[int, int, int], None] = lambda _nodes, _tokens, _budget_bytes: None
     on_step: Callable[[LadderStep], None] = lambda _step: None
 
 
@@ -253,7 +253,7 @@ class _PartitionRun:
             sample = MemorySample(batch.nodes, batch.padded_tokens, batch.masked, outcome.peak_bytes)
             if self.embedder.learn(sample) and self.batches:
                 self._repredict()
-        self.watch.on_batch(batch.nodes, tokens)
+        self.watch.on_batch(batch.nodes, tokens, self.embedder.state.limit(budget))
 
     def _repredict(self) -> None:
         """The planned batches' predictions under the refined model; the loop shrinks those that no longer fit."""

@@ -103,6 +103,7 @@ class IngestRun:
             finally:
                 self._devices_ready.set()
             self.sampler.start()
+            self.devices.start_clock()
         self.observer.note(self.devices.note)
         return self.devices.note
 
@@ -235,6 +236,7 @@ class IngestRun:
             rejections=self.books.rejections(),
             partitions=reports,
             memory_series=self.sampler.series(),
+            budget_series=self.devices.budget_series if self.devices else (),
             tokens=sum(report.tokens for report in reports),
             seconds=dict(self._stage_seconds),
         )
