@@ -64,7 +64,7 @@ class Operations:
         """Run the flow; what it found is in `observer.finished`. False: it ended red. Raises what ended it early."""
         from flows.api_server import embedded_api
 
-        observer.stage("prefect", "starting the embedded API")
+        observer.stage("prefect", "the configured API, or an embedded one")
         with embedded_api(settings.data_folder, meanwhile=self.load_flow):
             state = self.load_flow()(settings, return_state=True)
             if observer.finished is None:

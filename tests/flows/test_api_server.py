@@ -101,7 +101,7 @@ def test_a_flow_is_recorded_whole_and_the_server_is_gone(data_folder: Path, envi
     database.close()
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda how: how.name)
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=lambda how: how.name)
 def test_the_server_ends_with_its_owner(data_folder: Path, environment: dict[str, str], how: signal.Signals) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", HOLD_THE_SERVER, str(data_folder)],
