@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from flows.operations import Operations
 from tasks.errors import (
     ApiUnavailable,
     BallastError,
@@ -26,10 +27,7 @@ from tasks.errors import (
 )
 
 if TYPE_CHECKING:
-    from flows.progress import RunObserver
     from flows.terminal import Terminal
-    from tasks.config import BudgetSettings, EmbeddingSettings, IngestSettings, QdrantSettings
-    from tasks.records import CalibrationReport, PlanReport, SearchHit
 
 OK = 0
 FAILED = 1
@@ -55,43 +53,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-
-class Operations:
-    """What the commands call. Imported when called: torch, Prefect and LlamaIndex take seconds."""
-
-    def ingest(self, settings: IngestSettings, observer: RunObserver) -> bool:
-        """Run the flow; what it found is in `observer.finished`. False: it ended red. Raises what ended it early."""
-        from flows.api_server import embedded_api
-
-        observer.stage("prefect", "the configured API, or an embedded one")
-        with embedded_api(settings.data_folder, meanwhile=self.load_flow):
-            state = self.load_flow()(settings, return_state=True)
-            if observer.finished is None:
-                state.result()
-            return bool(state.is_completed())
-
-    def load_flow(self) -> Any:
-        from flows.ingest import ingest as ingest_flow
-
-        return ingest_flow
-
-    def plan(self, settings: IngestSettings, gpu_memory_bytes: int | None) -> PlanReport:
-        from tasks.plan import plan_source
-
-        return plan_source(settings, gpu_memory_bytes)
-
-    def search(
-        self, question: str, *, embedding: EmbeddingSettings, qdrant: QdrantSettings, data_folder: str, limit: int
-    ) -> Sequence[SearchHit]:
-        from tasks.search import search_collection
-
-        return search_collection(question, embedding=embedding, qdrant=qdrant, data_folder=data_folder, limit=limit)
-
-    def calibrate(self, embedding: EmbeddingSettings, budget: BudgetSettings, data_folder: str) -> CalibrationReport:
-        from tasks.calibrate import calibrate_device
-
-        return calibrate_device(embedding, budget, data_folder)
 
 
 class ExitCodes:

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from flows.cli import Operations, app
+from flows.cli import app
+from flows.operations import Operations
 from flows.progress import RunObserver
 from tasks.config import BudgetSettings, EmbeddingSettings, IngestSettings, QdrantSettings
 from tasks.errors import (
@@ -219,7 +220,8 @@ def test_ctrl_c_is_130() -> None:
 
 STUBBORN = """
 import sys, time
-from flows.cli import Operations, app
+from flows.cli import app
+from flows.operations import Operations
 
 class Stubborn(Operations):
     def ingest(self, settings, observer):
