@@ -118,11 +118,16 @@ class TorchEncoder:
         return BatchOutcome(kind=kind, message=message, seconds=time.perf_counter() - started)
 
     def read_memory(self) -> DeviceMemory:
-        """The device's memory now, with the weights on it."""
+        """The device's memory now, with the weights on it. Raises DeviceError where the device does not answer."""
         self.describe()
         if self._device == "cpu":
             return read_host_memory(self._fraction)
-        return read_cuda_memory(self._device, self._fraction)
+        try:
+            return read_cuda_memory(self._device, self._fraction)
+        except RuntimeError as error:
+            raise DeviceError(
+                f"{self._device} does not tell its memory: {_first_line(error)}. Replace the process."
+            ) from error
 
     def release_memory(self) -> None:
         """Collect garbage and give cached blocks back. It synchronises: after an OOM, never per batch."""
@@ -130,7 +135,11 @@ class TorchEncoder:
         if self._device.startswith("cuda"):
             import torch
 
-            torch.cuda.empty_cache()
+            try:
+                torch.cuda.empty_cache()
+            except RuntimeError as error:
+                # It synchronises, so a fault of the failed batch may surface only here; the next encode reports it.
+                logger.warning("empty_cache=failed device=%s reason=%r", self._device, _first_line(error))
 
     def restart(self) -> None:
         """Raises DeviceError: this encoder lives in the caller's process."""

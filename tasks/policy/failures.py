@@ -55,6 +55,11 @@ _AMBIGUOUS = (
     "cudnn_status_internal_error",
     "devices are busy or unavailable",
     "all cuda-capable devices are busy",
+    # oneDNN and the thread library say so when memory is short, and for other reasons.
+    "could not create a primitive",
+    "could not execute a primitive",
+    "could not create a memory",
+    "resource temporarily unavailable",
 )
 
 # An installation that can't run this model on this device: no retry and no new process changes that.

@@ -125,7 +125,7 @@ def test_the_environment_is_set_before_torch_is_imported() -> None:
     assert gpu["PYTORCH_ALLOC_CONF"] == gpu["PYTORCH_CUDA_ALLOC_CONF"]
     assert "CUDA_VISIBLE_DEVICES" not in gpu
     cpu = EncoderSpec(MODEL_PATH, "cpu", classify_failure, threads=3).environment()
-    assert (cpu["CUDA_VISIBLE_DEVICES"], cpu["OMP_NUM_THREADS"]) == ("", "3")
+    assert (cpu["CUDA_VISIBLE_DEVICES"], cpu["OMP_NUM_THREADS"], cpu["OMP_WAIT_POLICY"]) == ("", "3", "PASSIVE")
 
 
 def test_a_real_allocator_runs_out_of_memory_and_the_encoder_goes_on() -> None:

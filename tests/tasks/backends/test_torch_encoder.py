@@ -70,7 +70,7 @@ def test_eager_attention_is_said_to_hold_the_scores() -> None:
 
 
 @given(tokens=st.lists(st.integers(1, 128), min_size=1, max_size=6))
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=10)
 def test_padding_changes_no_vector(encoder: TorchEncoder, tokens: list[int]) -> None:
     together = encoder.encode(rows_of(*tokens)).vectors
     assert together is not None

@@ -44,6 +44,7 @@ STICKY: list[Failure] = [
 AMBIGUOUS: list[Failure] = [
     (RUNTIME, "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
     (RUNTIME, "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"),
+    (RUNTIME, "could not create a primitive"),
     (
         RUNTIME,
         'NVML_SUCCESS == r INTERNAL ASSERT FAILED at "/c10/cuda/CUDACachingAllocator.cpp":1016, please report',
