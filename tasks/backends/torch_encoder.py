@@ -249,8 +249,12 @@ class TorchEncoder:
             torch.set_num_threads(self._threads)
         device = resolve_device(self._asked_device)
         precision = resolve_precision(self._asked_precision, device)
-        if device != "cpu" and self._fraction < 1:
-            torch.cuda.set_per_process_memory_fraction(self._fraction, device)
+        if device != "cpu":
+            if self._given is None:
+                # Else a context of some hundred MB appears on cuda:0, too. A caller's own model leaves the choice to it.
+                torch.cuda.set_device(device)
+            if self._fraction < 1:
+                torch.cuda.set_per_process_memory_fraction(self._fraction, device)
         model = self._given if self._given is not None else load_model(self._model_path, precision)
         weights_bytes = count_weights_bytes(model)
         refusal = ""
