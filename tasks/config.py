@@ -34,7 +34,8 @@ class SourceSettings(Settings):
     )
     encoding: str = Field("utf-8", description="Encoding of text files without a byte order mark.")
     max_file_bytes: ByteSize = Field(
-        ByteSize(512 * 1024**2), description="A larger md, txt, html, pdf or docx file is reported as failed: it is read whole."
+        ByteSize(512 * 1024**2),
+        description="A larger md, txt, html, pdf or docx file is reported as failed: it is read whole.",
     )
 
 
@@ -49,9 +50,12 @@ class ChunkingSettings(Settings):
         description="Tokens of a node, prompt, embedded metadata and special tokens included; unset: the smaller of 512 and "
         "the model's limit.",
     )
-    overlap_tokens: Annotated[int, Field(ge=0)] = Field(32, description="Tokens that a node repeats of the one before it.")
+    overlap_tokens: Annotated[int, Field(ge=0)] = Field(
+        32, description="Tokens that a node repeats of the one before it."
+    )
     embedded_metadata_keys: tuple[str, ...] = Field(
-        ("title", "header_path"), description="Metadata that is embedded with the text; all other metadata is only stored."
+        ("title", "header_path"),
+        description="Metadata that is embedded with the text; all other metadata is only stored.",
     )
     workers: Annotated[int, Field(ge=0)] = Field(
         0, description="Processes that chunk; 0: one a CPU core less one, at most 8. One alone starves a fast GPU."
@@ -68,7 +72,9 @@ class EmbeddingSettings(Settings):
         "auto", description="auto: fp16 on CUDA, fp32 on the CPU (their vectors agree, cosine >= 0.999)."
     )
     spill_to_cpu: bool = Field(True, description="What the GPU can't place goes to the CPU pool; off: such nodes fail.")
-    cpu_workers: Annotated[int, Field(ge=0)] = Field(0, description="Processes of the CPU pool; 0: one for each 4 cores.")
+    cpu_workers: Annotated[int, Field(ge=0)] = Field(
+        0, description="Processes of the CPU pool; 0: one for each 4 cores."
+    )
     calibrate: bool = Field(True, description="Probe an unknown device for some seconds before the first partition.")
     batch_timeout_s: Annotated[float, Field(gt=0)] = Field(
         600.0, description="A micro-batch that takes longer is a hung device: its process is replaced."
@@ -84,7 +90,9 @@ class BudgetSettings(Settings):
     margin_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.06, description="Head-room kept of what is available: fragmentation, and a neighbour's small moves."
     )
-    max_bytes: ByteSize | None = Field(None, description="Never plan a micro-batch above this; unset: what the device has.")
+    max_bytes: ByteSize | None = Field(
+        None, description="Never plan a micro-batch above this; unset: what the device has."
+    )
     grow_after: Positive = Field(8, description="Micro-batches without trouble before the budget grows back a step.")
     max_micro_batch_tokens: Positive | None = Field(
         None, description="Tokens of a micro-batch at most; unset: 32768 on CUDA, 4096 on a CPU."
@@ -99,20 +107,29 @@ class PartitionSettings(Settings):
         None, description="Tokens of a partition at most; unset: what the device embeds in target_s, measured."
     )
     target_s: Annotated[float, Field(gt=0)] = Field(
-        20.0, description="Work a partition should hold: below 5 s orchestration shows, above a minute a retry costs too much."
+        20.0,
+        description="Work a partition should hold: below 5 s orchestration shows, above a minute a retry costs too much.",
     )
-    max_host_bytes: ByteSize = Field(ByteSize(512 * 1024**2), description="Host memory a partition may take while it is built.")
+    max_host_bytes: ByteSize = Field(
+        ByteSize(512 * 1024**2), description="Host memory a partition may take while it is built."
+    )
 
 
 class QdrantSettings(Settings):
     """Where the points go. The API key comes from QDRANT_API_KEY only, never from a parameter."""
 
-    url: str | None = Field(None, description="A Qdrant server; unset: QDRANT_URL, else an embedded Qdrant in the data folder.")
+    url: str | None = Field(
+        None, description="A Qdrant server; unset: QDRANT_URL, else an embedded Qdrant in the data folder."
+    )
     collection: str = Field("documents", description="Collection name; it becomes an alias of the physical collection.")
     batch_points: Annotated[int, Field(gt=0, le=4096)] = Field(256, description="Points of one upsert at most.")
-    batch_bytes: ByteSize = Field(ByteSize(8 * 1024**2), description="Bytes of one upsert at most; Qdrant refuses 32 MiB.")
+    batch_bytes: ByteSize = Field(
+        ByteSize(8 * 1024**2), description="Bytes of one upsert at most; Qdrant refuses 32 MiB."
+    )
     timeout_s: Positive = Field(60, description="One request; the client's default of 5 s fails under load.")
-    allow_plain_http: bool = Field(False, description="Send an API key over plain http to another host. Refused unless set.")
+    allow_plain_http: bool = Field(
+        False, description="Send an API key over plain http to another host. Refused unless set."
+    )
 
 
 class IngestSettings(Settings):
@@ -127,7 +144,9 @@ class IngestSettings(Settings):
     data_folder: str = Field(
         ".ballast", description="Embedded Qdrant, spool, fitted memory models and the embedded Prefect API's database."
     )
-    spool: str | None = Field(None, description="Working folder for partitions and vectors; unset: `spool` in the data folder.")
+    spool: str | None = Field(
+        None, description="Working folder for partitions and vectors; unset: `spool` in the data folder."
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -13,6 +13,7 @@ BallastError
 │   └── StoreRejected    permanent: the request itself is refused
 ├── SpoolError           a spool file is missing, torn or not what it says
 ├── ApiUnavailable       the Prefect API that should record the run does not start or does not answer
+├── RunStopped           the run was told to stop (Ctrl-C, a cancelled flow run); the next one goes on from there
 └── BooksDontClose       documents or nodes unaccounted for at the end of a run
 """
 
@@ -70,6 +71,10 @@ class SpoolError(BallastError):
 
 
 class ApiUnavailable(BallastError):  # noqa: N818
+    pass
+
+
+class RunStopped(BallastError):  # noqa: N818
     pass
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,7 @@ from tasks.backends.nvml import read_total_bytes
 from tasks.backends.sources import open_source
 from tasks.config import IngestSettings
 from tasks.engine.chunk import count_workers, iter_chunked
-from tasks.engine.fingerprint import make_chunk_spec
+from tasks.engine.fingerprint import find_tokenizer, make_chunk_spec
 from tasks.engine.measure_device import GPU_BATCH_TOKENS
 from tasks.policy.catalog import compare_models, weights_bytes
 from tasks.policy.memory import MemoryModel, derive_prior
@@ -32,12 +33,13 @@ def plan_source(settings: IngestSettings, gpu_memory_bytes: int | None = None) -
     total_bytes, whose = _find_memory(gpu_memory_bytes)
     files = resolve_model(settings.embedding.model, settings.embedding.revision)
     precision: Precision = "fp16" if settings.embedding.precision == "auto" else settings.embedding.precision
+    tokenizer_file = find_tokenizer(files, settings.data_folder)
     rejections: list[Rejection] = []
     documents = 0
 
     def read_lengths() -> Iterator[int]:
         nonlocal documents
-        spec = make_chunk_spec(settings, files, fingerprint="")
+        spec = make_chunk_spec(settings, files, tokenizer_file)
         for item in iter_chunked(iter(open_source(settings.source)), spec, count_workers(settings.chunking.workers)):
             documents += 1
             if isinstance(item, Rejection):
@@ -56,7 +58,9 @@ def plan_source(settings: IngestSettings, gpu_memory_bytes: int | None = None) -
     boundaries = plan_partitions(
         lengths, settings.partition.max_nodes, settings.partition.max_tokens or MIN_PARTITION_TOKENS * 40
     )
-    plans = _plan_partitions(lengths, boundaries, model, budget, settings.budget.max_micro_batch_tokens or GPU_BATCH_TOKENS)
+    plans = _plan_partitions(
+        lengths, boundaries, model, budget, settings.budget.max_micro_batch_tokens or GPU_BATCH_TOKENS
+    )
     summaries = [summarise_plan(plan, part) for plan, part in plans]
     tokens = sum(one.tokens for one in summaries)
     return PlanReport(
@@ -68,7 +72,9 @@ def plan_source(settings: IngestSettings, gpu_memory_bytes: int | None = None) -
         longest_tokens=int(lengths.max(initial=0)),
         partitions=max(0, len(boundaries) - 1),
         micro_batches=sum(one.micro_batches for one in summaries),
-        unmasked_token_fraction=sum(one.unmasked_token_fraction * one.tokens for one in summaries) / tokens if tokens else 1.0,
+        unmasked_token_fraction=sum(one.unmasked_token_fraction * one.tokens for one in summaries) / tokens
+        if tokens
+        else 1.0,
         padding_fraction=1 - tokens / padded if (padded := sum(_count_padded(plan) for plan, _ in plans)) else 0.0,
         budget_bytes=budget,
         weights_bytes=weights,
@@ -91,7 +97,7 @@ def _find_memory(gpu_memory_bytes: int | None) -> tuple[int, str]:
 def _plan_partitions(
     lengths: NDArray[np.int64], boundaries: NDArray[np.int64], model: MemoryModel, budget: int, max_tokens: int
 ) -> list[tuple[MicroBatchPlan, NDArray[np.int64]]]:
-    parts = [lengths[first:last] for first, last in zip(boundaries, boundaries[1:], strict=False)]
+    parts = [lengths[first:last] for first, last in pairwise(boundaries)]
     return [(plan_micro_batches(part, model, budget, max_tokens=max_tokens), part) for part in parts]
 
 

@@ -109,7 +109,9 @@ class ModelShape:
     def parameters(self) -> int:
         """Weights without the pooler: token and position tables, then per layer 4 h^2 attention and 2 h i feed-forward."""
         tables = (self.vocabulary + self.max_tokens) * self.hidden
-        layer = 4 * self.hidden * self.hidden + 2 * self.hidden * self.intermediate + 9 * self.hidden + self.intermediate
+        layer = (
+            4 * self.hidden * self.hidden + 2 * self.hidden * self.intermediate + 9 * self.hidden + self.intermediate
+        )
         return tables + self.layers * layer
 
 

@@ -11,6 +11,7 @@ from tasks.backends.qdrant import open_store
 from tasks.backends.tokenizer import NodeTokenizer
 from tasks.config import BudgetSettings, EmbeddingSettings, QdrantSettings
 from tasks.engine.devices import choose_device, make_spec
+from tasks.engine.fingerprint import find_tokenizer
 from tasks.errors import ConfigError, DeviceError, StoreMismatch
 from tasks.records import SearchHit
 
@@ -42,7 +43,9 @@ def search_collection(
                 f"{made_with['revision'][:12]}, {files.name} is at {files.revision[:12]}: their vectors don't compare. "
                 f"Search with --model {made_with['model']}, or ingest again into another collection."
             )
-        tokens = NodeTokenizer(files.path, query_prompt=files.query_prompt).encode_query(question)
+        tokens = NodeTokenizer(
+            files.path, query_prompt=files.query_prompt, tokenizer_file=find_tokenizer(files, data_folder)
+        ).encode_query(question)
         device, _reason = choose_device(embedding.device)
         encoder = ProcessEncoder(make_spec(embedding, BudgetSettings(), files, device))
         try:

@@ -26,7 +26,9 @@ def spawn_pool(
     )
 
 
-def _start_worker(environment: dict[str, str], initializer: Callable[..., None] | None, initargs: tuple[Any, ...]) -> None:
+def _start_worker(
+    environment: dict[str, str], initializer: Callable[..., None] | None, initargs: tuple[Any, ...]
+) -> None:
     os.environ.update(environment)
     threading.Thread(target=_end_with_parent, name="end-with-parent", daemon=True).start()
     if initializer is not None:

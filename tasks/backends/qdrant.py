@@ -96,9 +96,7 @@ class QdrantStore:
         spec = CollectionSpec(name, dimension, fingerprint, model)
         return self._find_physical(spec)[0]
 
-    def prepare_collection(
-        self, name: str, *, dimension: int, fingerprint: str, model: str, revision: str = ""
-    ) -> str:
+    def prepare_collection(self, name: str, *, dimension: int, fingerprint: str, model: str, revision: str = "") -> str:
         """Make the collection if it is not there, with its indexes and its alias; returns the physical name.
 
         Order: collection with metadata, indexes, alias. Killed in between, the next call completes it.

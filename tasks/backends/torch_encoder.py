@@ -206,6 +206,8 @@ class TorchEncoder:
                 features["attention_mask"] = torch.from_numpy(mask.astype(np.int64)).to(device)
             # fp32 before the norm: the sum of squares of an fp16 vector overflows from 65,504 on.
             embeddings = model(features)["sentence_embedding"].to(torch.float32)
+            # Matryoshka: get_embedding_dimension() is the truncated one, and only SentenceTransformer.encode truncates.
+            embeddings = embeddings[:, : getattr(model, "truncate_dim", None)]
             vectors = embeddings / torch.linalg.vector_norm(embeddings, dim=1, keepdim=True)
             result: Vectors = vectors.cpu().numpy()
         return result

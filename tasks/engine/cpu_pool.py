@@ -6,10 +6,13 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 from tasks.engine.embed_nodes import UNWATCHED, Embedded, NodeEmbedder, Watch
-from tasks.engine.measure_device import MeasuredDevice
 from tasks.records import TokenIds
+
+if TYPE_CHECKING:
+    from tasks.engine.measure_device import MeasuredDevice
 
 
 class CpuPool:
@@ -59,6 +62,7 @@ class CpuPool:
         return embedder, measured
 
     def close(self) -> None:
+        """End every worker. Waits for those at work: their embedders' `stop` makes that one micro-batch."""
         self._threads.shutdown(wait=True, cancel_futures=True)
         for embedder in self._all:
             embedder.encoder.close()

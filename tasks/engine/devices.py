@@ -79,7 +79,10 @@ class Devices:
         note: str,
         tokens_per_s: float,
         observer: Observer,
+        stop: threading.Event | None = None,
     ) -> None:
+        self._stop = stop or threading.Event()
+        self._lock = threading.Lock()
         self.embedder = embedder
         self.pool = pool
         self.device = device
@@ -96,18 +99,18 @@ class Devices:
     def _mark_budget(self, nodes: int, budget_bytes: int) -> None:
         # Only where something changed: a long run has millions of micro-batches.
         last = self.budget_series[-1] if self.budget_series else None
-        if last is None or (last.budget_bytes, last.batch_nodes) != (budget_bytes, nodes):
-            if len(self.budget_series) < MAX_MARKS:
-                self.budget_series.append(BudgetMark(time.monotonic() - self._started, budget_bytes, nodes))
+        changed = last is None or (last.budget_bytes, last.batch_nodes) != (budget_bytes, nodes)
+        if changed and len(self.budget_series) < MAX_MARKS:
+            self.budget_series.append(BudgetMark(time.monotonic() - self._started, budget_bytes, nodes))
 
     def embed(self, token_ids: Sequence[TokenIds], partition_index: int) -> Embedded:
         """On the GPU, what it can't place goes to the pool; one caller at a time."""
         if self.embedder is None:
             raise DeviceError("There is no GPU to embed on: use spread_over_pool().")
         progress = _Progress(self.observer, self._mark_budget, partition_index, len(token_ids), self.device)
-        return self.embedder.embed(
-            token_ids, Watch(progress, lambda step: self.observer.ladder_step(partition_index, step))
-        )
+        watch = Watch(progress, lambda step: self.observer.ladder_step(partition_index, step))
+        with self._lock:
+            return self.embedder.embed(token_ids, watch)
 
     def spread_over_pool(self, token_ids: Sequence[TokenIds], partition_index: int, dimension: int) -> Embedded:
         """A share for each worker of the pool, long and short nodes alike in each; collect_spilled() waits for them."""
@@ -121,23 +124,30 @@ class Devices:
         return embedded
 
     def close(self) -> None:
+        """End every process, at the latest after the micro-batches that are under way."""
+        self._stop.set()
         if self.embedder is not None:
-            self.embedder.encoder.close()
+            with self._lock:
+                self.embedder.encoder.close()
         self.pool.close()
 
 
-def start_devices(settings: IngestSettings, files: ModelFiles, observer: Observer) -> Devices:
+def start_devices(
+    settings: IngestSettings, files: ModelFiles, observer: Observer, stop: threading.Event | None = None
+) -> Devices:
     """Load the model where the settings say, and calibrate. `auto` without a usable GPU goes to the CPU pool and says so.
 
     Raises DeviceError where a device was asked for by name and can't be had, ModelError where the model can't be loaded.
+    `stop`, once set, ends all embedding before the next micro-batch.
     """
     embedding = settings.embedding
-    pool = make_pool(settings, files)
+    stop = stop or threading.Event()
+    pool = make_pool(settings, files, stop)
     device, reason = choose_device(embedding.device)
     if device != "cpu":
         observer.stage("device", f"loading {files.name} on {device}")
         try:
-            return _start_gpu(settings, files, device, pool, observer)
+            return _start_gpu(settings, files, device, pool, observer, stop)
         except DeviceError as error:
             if embedding.device != "auto":
                 pool.close()
@@ -150,12 +160,13 @@ def start_devices(settings: IngestSettings, files: ModelFiles, observer: Observe
         pool.close()
         raise
     note = f"CPU pool, {pool.workers} process{'es' if pool.workers > 1 else ''}: {reason}"
-    return Devices(
-        None, pool, device="cpu", note=note, tokens_per_s=measured.tokens_per_s * pool.workers, observer=observer
-    )
+    speed = measured.tokens_per_s * pool.workers
+    return Devices(None, pool, device="cpu", note=note, tokens_per_s=speed, observer=observer, stop=stop)
 
 
-def _start_gpu(settings: IngestSettings, files: ModelFiles, device: str, pool: CpuPool, observer: Observer) -> Devices:
+def _start_gpu(
+    settings: IngestSettings, files: ModelFiles, device: str, pool: CpuPool, observer: Observer, stop: threading.Event
+) -> Devices:
     spec = make_spec(settings.embedding, settings.budget, files, device)
     encoder = ProcessEncoder(spec, batch_timeout_s=settings.embedding.batch_timeout_s)
     try:
@@ -166,26 +177,25 @@ def _start_gpu(settings: IngestSettings, files: ModelFiles, device: str, pool: C
         encoder.close()
         raise
     spill = pool if settings.embedding.spill_to_cpu else None
-    embedder = NodeEmbedder(
-        encoder, measured.fit, to_embed_settings(settings.budget, info, measured.launch_tokens), spill=spill
-    )
+    embed_settings = to_embed_settings(settings.budget, info, measured.launch_tokens)
+    embedder = NodeEmbedder(encoder, measured.fit, embed_settings, spill=spill, stop=stop)
     note = f"{info.key.device_name} ({info.device}), {info.key.precision}; memory model: {measured.note}"
-    return Devices(embedder, pool, device=info.device, note=note, tokens_per_s=measured.tokens_per_s, observer=observer)
+    return Devices(
+        embedder,
+        pool,
+        device=info.device,
+        note=note,
+        tokens_per_s=measured.tokens_per_s,
+        observer=observer,
+        stop=stop,
+    )
 
 
-def make_pool(settings: IngestSettings, files: ModelFiles) -> CpuPool:
+def make_pool(settings: IngestSettings, files: ModelFiles, stop: threading.Event) -> CpuPool:
+    """Fresh processes that embed on the CPU; none is started yet."""
     cores = len(os.sched_getaffinity(0))
     workers = settings.embedding.cpu_workers or max(1, cores // CORES_PER_CPU_WORKER)
-    # The CPU's share of a mixed collection is fp32 whatever the GPU computes in: the vectors agree.
-    precision = "fp32" if settings.embedding.precision == "auto" else settings.embedding.precision
-    spec = EncoderSpec(
-        files.path,
-        "cpu",
-        classify_failure,
-        precision=precision,
-        revision=files.revision,
-        threads=max(1, cores // workers),
-    )
+    spec = make_spec(settings.embedding, settings.budget, files, "cpu", threads=max(1, cores // workers))
 
     def make_worker() -> tuple[NodeEmbedder, MeasuredDevice]:
         encoder = ProcessEncoder(spec, batch_timeout_s=settings.embedding.batch_timeout_s)
@@ -195,7 +205,7 @@ def make_pool(settings: IngestSettings, files: ModelFiles) -> CpuPool:
         except BaseException:
             encoder.close()
             raise
-        return NodeEmbedder(encoder, measured.fit, embed_settings), measured
+        return NodeEmbedder(encoder, measured.fit, embed_settings, stop=stop), measured
 
     return CpuPool(make_worker, workers)
 

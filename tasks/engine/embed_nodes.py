@@ -6,6 +6,7 @@ The decisions are in tasks/policy (ladder, budget, micro_batches, memory), the d
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks.backends.encoder import Encoder
-from tasks.errors import DeviceError
+from tasks.errors import DeviceError, RunStopped
 from tasks.policy.budget import compute_budget
 from tasks.policy.ladder import (
     Action,
@@ -123,11 +124,14 @@ class NodeEmbedder:
         settings: EmbedSettings,
         *,
         spill: Spill | None = None,
+        stop: threading.Event | None = None,
     ) -> None:
+        """`stop`, once set, ends embed() with RunStopped before the next micro-batch."""
         self.encoder = encoder
         self.fit = fit
         self.settings = settings
         self.spill = spill
+        self.stop = stop or threading.Event()
         self.state = LadderState()
         self.info = encoder.describe()
 
@@ -170,6 +174,8 @@ class _PartitionRun:
             self.result.budget_bytes = budget
             self._plan(budget, memory)
             while self.batches:
+                if self.embedder.stop.is_set():
+                    raise RunStopped("The run was told to stop. Run it again: what is stored is not embedded twice.")
                 self._advance()
         except DeviceError as error:
             # The device is gone and a new process does not bring it back: the CPU pool takes what is left.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.metadata import version
 
 from tasks.backends.readers import read_file
-from tasks.backends.tokenizer import NodeTokenizer
+from tasks.backends.tokenizer import NodeTokenizer, export_tokenizer
 from tasks.config import IngestSettings
 from tasks.engine.chunk import ChunkSpec
 from tasks.policy.identity import compute_fingerprint
@@ -15,13 +15,18 @@ from tasks.records import ModelFiles
 PARSERS = ("llama-index-core", "llama-index-readers-file", "pypdf", "docx2txt", "beautifulsoup4", "tokenizers")
 
 
-def compute_run_fingerprint(settings: IngestSettings, files: ModelFiles) -> str:
+def find_tokenizer(files: ModelFiles, data_folder: str) -> str:
+    """The file with the tokenizer that sentence-transformers would use; made once a model. Raises ModelError."""
+    return export_tokenizer(files.path, files.revision, f"{data_folder}/tokenizers")
+
+
+def compute_run_fingerprint(settings: IngestSettings, files: ModelFiles, tokenizer_file: str) -> str:
     """Hash of model, precision, pooling, chunker, tokenizer, prompts and parsers. Raises ModelError.
 
     The precision is the knob's, not the device's: under `auto` a GPU's fp16 and a CPU's fp32 vectors agree and share a
     collection. `chunking.workers` decides nothing but the time.
     """
-    tokenizer = NodeTokenizer(files.path, document_prompt=files.document_prompt)
+    tokenizer = NodeTokenizer(files.path, tokenizer_file=tokenizer_file)
     return compute_fingerprint(
         {
             "revision": files.revision,
@@ -37,7 +42,9 @@ def compute_run_fingerprint(settings: IngestSettings, files: ModelFiles) -> str:
     )
 
 
-def make_chunk_spec(settings: IngestSettings, files: ModelFiles, fingerprint: str) -> ChunkSpec:
+def make_chunk_spec(
+    settings: IngestSettings, files: ModelFiles, tokenizer_file: str, fingerprint: str = ""
+) -> ChunkSpec:
     """What a chunk worker needs; it pickles."""
     return ChunkSpec(
         read_file=read_file,
@@ -47,4 +54,5 @@ def make_chunk_spec(settings: IngestSettings, files: ModelFiles, fingerprint: st
         max_tokens=files.max_tokens,
         document_prompt=files.document_prompt,
         fingerprint=fingerprint,
+        tokenizer_file=tokenizer_file,
     )

@@ -23,12 +23,12 @@ from tasks.engine.chunk import ChunkSpec, count_workers, iter_chunked
 from tasks.engine.devices import Devices, start_devices
 from tasks.engine.embed_nodes import MISSING, ON_CPU, ON_DEVICE, Embedded
 from tasks.engine.fill_partitions import Progress, fill_partitions, select_new_nodes
-from tasks.engine.fingerprint import compute_run_fingerprint, make_chunk_spec
-from tasks.errors import BooksDontClose, SpoolError
+from tasks.engine.fingerprint import compute_run_fingerprint, find_tokenizer, make_chunk_spec
+from tasks.errors import BooksDontClose, RunStopped, SpoolError
 from tasks.observe import Observer, current_observer
 from tasks.policy.books import Ledgerbook
 from tasks.policy.partitions import MIN_PARTITION_TOKENS, PartitionBuilder, choose_partition_tokens
-from tasks.records import Books, ModelFiles, Partition, PartitionReport, Payload, RunSummary
+from tasks.records import Books, ModelFiles, Node, Partition, PartitionReport, Payload, RunSummary
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,9 @@ class IngestRun:
         self.sampler = MemorySampler()
         self.devices: Devices | None = None
         self._books_lock = threading.Lock()
-        self._device_lock = threading.Lock()
+        self._devices_lock = threading.Lock()
+        self._source_lock = threading.Lock()
+        self._stop = threading.Event()
         self._devices_wanted = threading.Event()
         self._devices_ready = threading.Event()
         self._exhausted = False
@@ -85,7 +87,7 @@ class IngestRun:
         progress = Progress(source.total_bytes())
         chunked = iter_chunked(iter(source), spec, count_workers(settings.chunking.workers))
         nodes = select_new_nodes(chunked, _BoundCollection(store, physical), self.books, self._books_lock, progress)
-        self._partitions = fill_partitions(nodes, self.spool, progress, self._new_builder)
+        self._partitions = fill_partitions(self._watch_for_stop(nodes), self.spool, progress, self._new_builder)
 
     # ------------------------------------------------------------------------------------------ stages
 
@@ -97,11 +99,15 @@ class IngestRun:
         self._devices_wanted.wait()
         if self._exhausted:
             return NOTHING_TO_EMBED
-        with self._timed("devices"):
+        with self._timed("devices"), self._devices_lock:
+            self._refuse_if_stopped()
             try:
-                self.devices = start_devices(self.settings, self.files, self.observer)
+                self.devices = start_devices(self.settings, self.files, self.observer, self._stop)
             finally:
                 self._devices_ready.set()
+            gpu = self.devices.embedder
+            if gpu is not None and gpu.info.device_uuid:
+                self.sampler = MemorySampler(device_uuids=[gpu.info.device_uuid])
             self.sampler.start()
             self.devices.start_clock()
         self.observer.note(self.devices.note)
@@ -110,7 +116,7 @@ class IngestRun:
     def spool_next_partition(self) -> Partition | None:
         """Read, chunk and compare until a partition is full; None at the end of the source. One caller at a time."""
         try:
-            with self._timed("chunk"):
+            with self._timed("chunk"), self._source_lock:
                 partition = next(self._partitions, None)
         except BaseException:
             self._end_of_source()
@@ -130,10 +136,7 @@ class IngestRun:
         if devices.embedder is None:
             embedded = devices.spread_over_pool(token_ids, partition.index, self.files.dimension)
         else:
-            # The device takes one partition at a time; while the CPU pool finishes what this one spilled, the next goes on.
-            with self._device_lock:
-                started = time.monotonic()
-                embedded = devices.embed(token_ids, partition.index)
+            embedded = devices.embed(token_ids, partition.index)
         embedded.collect_spilled()
         report = _to_report(partition, embedded, time.monotonic() - started)
         good = np.flatnonzero(embedded.placed != MISSING)
@@ -161,7 +164,9 @@ class IngestRun:
             nodes = self.spool.read_partition(partition)
             embedded = self.spool.read_vectors(partition)
             if embedded is None:
-                raise SpoolError(f"Partition {partition.index} has no vectors in the spool {self.spool.url}. Run again.")
+                raise SpoolError(
+                    f"Partition {partition.index} has no vectors in the spool {self.spool.url}. Run again."
+                )
             rows, vectors = embedded
             stored = [nodes[row] for row in rows]
             ids = [node.node_id for node in stored]
@@ -182,14 +187,28 @@ class IngestRun:
         return self._summarise(books), off
 
     def close(self) -> None:
-        """End every process and connection; the spool's files stay where a partition was not stored."""
-        if self.devices is not None:
-            self.devices.close()
+        """End every process and connection. What is under way stops at its next node or micro-batch, and is waited for."""
+        self._stop.set()
+        self._end_of_source()
+        with self._devices_lock:
+            if self.devices is not None:
+                self.devices.close()
+        self._devices_ready.set()
+        with self._source_lock:
+            self._partitions.close()
         self.sampler.stop()
-        self._partitions.close()
         self.store.close()
 
     # ------------------------------------------------------------------------------------------ parts
+
+    def _watch_for_stop(self, nodes: Iterator[Node]) -> Iterator[Node]:
+        for node in nodes:
+            self._refuse_if_stopped()
+            yield node
+
+    def _refuse_if_stopped(self) -> None:
+        if self._stop.is_set():
+            raise RunStopped("The run was told to stop. Run it again: what is stored is not embedded twice.")
 
     def _need_devices(self) -> Devices:
         if self.devices is None:
@@ -208,6 +227,7 @@ class IngestRun:
             max_tokens = limits.max_tokens
         else:
             self._devices_ready.wait()
+            self._refuse_if_stopped()
             speed = self.devices.tokens_per_s if self.devices else 0.0
             max_tokens = choose_partition_tokens(speed, limits.target_s) if speed else MIN_PARTITION_TOKENS
         return PartitionBuilder(
@@ -252,7 +272,9 @@ def open_run(settings: IngestSettings, environment: Mapping[str, str] | None = N
     source = open_source(settings.source)
     observer.stage("model", settings.embedding.model)
     files = resolve_model(settings.embedding.model, settings.embedding.revision)
-    spec = make_chunk_spec(settings, files, compute_run_fingerprint(settings, files))
+    tokenizer_file = find_tokenizer(files, settings.data_folder)
+    fingerprint = compute_run_fingerprint(settings, files, tokenizer_file)
+    spec = make_chunk_spec(settings, files, tokenizer_file, fingerprint)
     observer.stage("collection", settings.qdrant.collection)
     store = open_store(settings.qdrant, settings.data_folder, environment=environment or os.environ)
     try:

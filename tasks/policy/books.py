@@ -103,8 +103,9 @@ def check_books(books: Books) -> tuple[str, ...]:
     parts = books.documents_unchanged + books.documents_written + books.documents_failed + books.documents_skipped
     if parts != books.documents_seen:
         off.append(
-            f"documents: {books.documents_seen} seen, but {books.documents_unchanged} unchanged + {books.documents_written} written"
-            f" + {books.documents_failed} failed + {books.documents_skipped} skipped = {parts}"
+            f"documents: {books.documents_seen} seen, but {books.documents_unchanged} unchanged"
+            f" + {books.documents_written} written + {books.documents_failed} failed"
+            f" + {books.documents_skipped} skipped = {parts}"
         )
     parts = books.nodes_gpu + books.nodes_cpu + books.nodes_reused + books.nodes_failed
     if parts != books.nodes_planned:

