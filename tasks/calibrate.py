@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tasks.backends.model_files import resolve_model
 from tasks.backends.process_encoder import ProcessEncoder
 from tasks.config import BudgetSettings, EmbeddingSettings
@@ -14,7 +16,8 @@ def calibrate_device(embedding: EmbeddingSettings, budget: BudgetSettings, data_
     """Probe anew, whatever an earlier run measured. Raises ModelError or DeviceError."""
     files = resolve_model(embedding.model, embedding.revision)
     device, _reason = choose_device(embedding.device)
-    encoder = ProcessEncoder(make_spec(embedding, budget, files, device), batch_timeout_s=embedding.batch_timeout_s)
+    spec = replace(make_spec(embedding, budget, files, device), profiles_memory=True)
+    encoder = ProcessEncoder(spec, batch_timeout_s=embedding.batch_timeout_s)
     try:
         return calibrate_now(encoder, budget, data_folder).report
     finally:

@@ -37,6 +37,7 @@ class EncoderSpec:
     fraction: float = 1.0
     revision: str = ""
     threads: int | None = None
+    profiles_memory: bool = False  # on a CPU: tell each micro-batch's peak
     address_space_bytes: int | None = None  # RLIMIT_AS, above the process's size once the model is loaded
 
     def __call__(self) -> Encoder:
@@ -52,6 +53,7 @@ class EncoderSpec:
             fraction=self.fraction,
             revision=self.revision,
             threads=self.threads,
+            profiles_memory=self.profiles_memory,
         )
         if self.address_space_bytes is not None:
             encoder.describe()
@@ -69,6 +71,8 @@ class EncoderSpec:
             environment["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
         else:
             environment.update(allocator_environment())
+        if self.profiles_memory:
+            environment["KINETO_LOG_LEVEL"] = "99"  # the profiler writes two lines a batch to stderr otherwise
         if self.threads is not None:
             environment["OMP_NUM_THREADS"] = environment["MKL_NUM_THREADS"] = str(self.threads)
         return environment

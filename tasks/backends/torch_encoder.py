@@ -53,8 +53,12 @@ class TorchEncoder:
         fraction: float = 1.0,
         revision: str = "",
         threads: int | None = None,
+        profiles_memory: bool = False,
     ) -> None:
-        """`fraction` of the device is what the process may take in all; `threads` of the CPU, all of them if None."""
+        """`fraction` of the device is what the process may take in all; `threads` of the CPU, all of them if None.
+
+        A CPU's allocator keeps no peak: with `profiles_memory` torch's profiler tells it, for probes, at some cost of time.
+        """
         self._model_path = model_path
         self._asked_device = device
         self._asked_precision = precision
@@ -62,6 +66,7 @@ class TorchEncoder:
         self._fraction = fraction
         self._revision = revision
         self._threads = threads
+        self._profiles_memory = profiles_memory
         self._given: Any = None
         self._model: Any = None
         self._reference: Any = None
@@ -158,8 +163,12 @@ class TorchEncoder:
     def _embed(self, token_ids: Sequence[TokenIds]) -> BatchOutcome:
         if not token_ids:
             return BatchOutcome("done", vectors=np.empty((0, self.describe().dimension), np.float32))
-        if self._device == "cpu":
-            vectors, peak_bytes, reserved_peak_bytes = self._forward(self._model, "cpu", token_ids), None, None
+        peak_bytes: int | None = None
+        reserved_peak_bytes: int | None = None
+        if self._device == "cpu" and self._profiles_memory:
+            vectors, peak_bytes = self._forward_profiled(token_ids)
+        elif self._device == "cpu":
+            vectors = self._forward(self._model, "cpu", token_ids)
         else:
             vectors, peak_bytes, reserved_peak_bytes = self._forward_measured(token_ids)
         bad = np.flatnonzero(~is_unit(vectors))
@@ -187,6 +196,17 @@ class TorchEncoder:
         torch.cuda.synchronize(self._device)
         peak_bytes = torch.cuda.max_memory_allocated(self._device) - before
         return vectors, peak_bytes, torch.cuda.max_memory_reserved(self._device) - before
+
+    def _forward_profiled(self, token_ids: Sequence[TokenIds]) -> tuple[Vectors, int]:
+        """Vectors, and the peak of what torch's CPU allocator handed out, from the profiler's allocation events."""
+        import torch
+
+        cpu = torch.profiler.ProfilerActivity.CPU
+        with torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
+            vectors = self._forward(self._model, "cpu", token_ids)
+        events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+        in_time = sorted(events, key=lambda event: event.start_ns())
+        return vectors, int(np.cumsum([event.nbytes() for event in in_time]).max(initial=0))
 
     def _forward(self, model: Any, device: str, token_ids: Sequence[TokenIds]) -> Vectors:
         """Unit vectors, shape (nodes, dimension); a row that overflowed comes out as NaN."""

@@ -241,3 +241,17 @@ def test_it_is_said_when_torch_was_imported_too_early(caplog: pytest.LogCaptureF
     with caplog.at_level("WARNING", logger="tasks.backends.allocator"):
         set_allocator_environment()
     assert "before its allocator environment" in caplog.text
+
+
+def test_a_cpu_tells_its_peaks_to_a_prober_that_asks_for_them(minilm: str) -> None:
+    encoder = TorchEncoder(minilm, device="cpu", classify=classify_failure, profiles_memory=True)
+    rng = np.random.default_rng(3)
+    peaks = []
+    for nodes in (2, 4, 8):
+        outcome = encoder.encode([rng.integers(1000, 30_000, 64, dtype=np.int32) for _ in range(nodes)])
+        assert outcome.peak_bytes is not None
+        peaks.append(outcome.peak_bytes)
+    # Two hidden states, the attention's output, the feed-forward block's two: (3 x 384 + 2 x 1536) x 4 bytes a token.
+    assert peaks[2] == pytest.approx(8 * 64 * (3 * 384 + 2 * 1536) * 4, rel=0.1)
+    assert peaks[0] < peaks[1] < peaks[2]
+    encoder.close()
