@@ -1,4 +1,4 @@
-"""Write the sample corpus's binary files (pdf, docx, parquet) from the texts below: `python tests/samples/make_samples.py`.
+"""Write the sample corpus's binary files (pdf, docx, parquet) from the texts below: `python tests/make_samples.py`.
 
 Needs reportlab, python-docx and pyarrow. The same versions write the same bytes; test_samples.py compares the texts.
 """
@@ -257,5 +257,5 @@ def make_samples(folder: Path) -> list[Path]:
 
 
 if __name__ == "__main__":
-    for written in make_samples(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent):
+    for written in make_samples(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "samples"):
         print(written)
