@@ -97,7 +97,7 @@ def stop_on_ctrl_c(terminal: Terminal) -> Iterator[None]:
             terminal.show_cursor()
             os._exit(INTERRUPTED)
         asked.append(True)
-        terminal.print_notice("Stopping when the partition on the device is done. Ctrl-C again to stop at once.")
+        terminal.print_notice("Stopping after the micro-batch on the device. Ctrl-C again to stop at once.")
         raise KeyboardInterrupt
 
     asked: list[bool] = []

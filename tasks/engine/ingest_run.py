@@ -132,13 +132,13 @@ class IngestRun:
         devices = self._need_devices()
         nodes = self.spool.read_partition(partition)
         token_ids = [node.token_ids for node in nodes]
-        started = time.monotonic()
         if devices.embedder is None:
             embedded = devices.spread_over_pool(token_ids, partition.index, self.files.dimension)
         else:
             embedded = devices.embed(token_ids, partition.index)
+        started = time.monotonic()
         embedded.collect_spilled()
-        report = _to_report(partition, embedded, time.monotonic() - started)
+        report = _to_report(partition, nodes, embedded, embedded.seconds + time.monotonic() - started)
         good = np.flatnonzero(embedded.placed != MISSING)
         self.spool.write_vectors(partition, good, embedded.vectors[good])
         with self._books_lock:
@@ -304,8 +304,8 @@ def refuse_open_books(off: Sequence[str]) -> None:
         )
 
 
-def _to_report(partition: Partition, embedded: Embedded, seconds: float) -> PartitionReport:
-    failed = {str(row): reason for row, reason in embedded.failed.items()}
+def _to_report(partition: Partition, nodes: Sequence[Node], embedded: Embedded, seconds: float) -> PartitionReport:
+    failed = {nodes[row].node_id: reason for row, reason in embedded.failed.items()}
     return PartitionReport(
         index=partition.index,
         nodes=partition.nodes,
