@@ -102,7 +102,9 @@ class BudgetSettings(Settings):
 class PartitionSettings(Settings):
     """The unit of scheduling, retry and durability."""
 
-    max_nodes: Positive = Field(8192, description="Nodes of a partition at most.")
+    max_nodes: Positive = Field(
+        32_768, description="Nodes of a partition at most; a slow device gets fewer, see target_s."
+    )
     max_tokens: Positive | None = Field(
         None, description="Tokens of a partition at most; unset: what the device embeds in target_s, measured."
     )

@@ -81,7 +81,12 @@ def _drop_stored(nodes: list[Node], stored: StoredNodes, books: Ledgerbook, lock
 
 
 def fill_partitions(
-    nodes: Iterable[Node], spool: PartitionSpool, progress: Progress, new_builder: Callable[[], PartitionBuilder]
+    nodes: Iterable[Node],
+    spool: PartitionSpool,
+    progress: Progress,
+    new_builder: Callable[[], PartitionBuilder],
+    *,
+    vector_bytes: int,
 ) -> Generator[Partition, None, None]:
     """Cut the stream into partitions and spool each one. `new_builder` is asked for the limits at the first node."""
     waiting: list[Node] = []
@@ -89,8 +94,8 @@ def fill_partitions(
     index = 0
     for node in nodes:
         builder = builder or new_builder()
-        # Token ids as int32 and the payload's text, twice for Python's own objects around it.
-        host_bytes = 4 * node.tokens + 2 * len(node.payload["_node_content"])
+        # Token ids as int32, the payload's text, twice for Python's own objects around it, and the vector to come.
+        host_bytes = 4 * node.tokens + 2 * len(node.payload["_node_content"]) + vector_bytes
         if builder.add(node.tokens, host_bytes):
             yield spool.write_partition(index, waiting, progress.fraction)
             waiting, index = [], index + 1

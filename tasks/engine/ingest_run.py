@@ -87,7 +87,9 @@ class IngestRun:
         progress = Progress(source.total_bytes())
         chunked = iter_chunked(iter(source), spec, count_workers(settings.chunking.workers))
         nodes = select_new_nodes(chunked, _BoundCollection(store, physical), self.books, self._books_lock, progress)
-        self._partitions = fill_partitions(self._watch_for_stop(nodes), self.spool, progress, self._new_builder)
+        self._partitions = fill_partitions(
+            self._watch_for_stop(nodes), self.spool, progress, self._new_builder, vector_bytes=4 * files.dimension
+        )
 
     # ------------------------------------------------------------------------------------------ stages
 
