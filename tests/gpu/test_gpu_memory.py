@@ -49,8 +49,9 @@ def test_a_model_that_promises_too_much_meets_real_out_of_memory_and_loses_nothi
     assert sum(wrong.embedded.batch_sizes) == len(lengths)  # each node once
     cosine = np.einsum("nd,nd->n", calm.embedded.vectors, wrong.embedded.vectors)
     assert cosine.min() > 0.999
-    # Random weights tell texts apart: a mixed-up row would show.
-    assert (calm.embedded.vectors[:50] @ calm.embedded.vectors[:50].T - np.eye(50)).max() < 0.99
+    # Random weights put all texts close to each other (cosine 0.97): only the nearest row shows that none is mixed up.
+    nearest = (wrong.embedded.vectors @ calm.embedded.vectors.T).argmax(axis=1)
+    assert (nearest == np.arange(len(lengths))).all()
 
 
 def test_a_neighbour_is_noticed_before_it_costs_an_out_of_memory(device: str, total_bytes: int) -> None:

@@ -73,7 +73,8 @@ def test_async_calls_take_turns_and_agree(plain: HuggingFaceEmbedding, ballast: 
 
 
 def test_instructions_and_max_length_mean_what_they_mean_in_the_base_class(minilm: str) -> None:
-    options = {"query_instruction": "find: ", "text_instruction": "passage: ", "max_length": 64, "device": "cpu"}
+    options: dict[str, Any] = {"max_length": 64, "device": "cpu", "show_progress_bar": True}
+    options |= {"query_instruction": "find: ", "text_instruction": "passage: "}
     ours, theirs = BallastEmbedding(minilm, **options), HuggingFaceEmbedding(minilm, **options)
     assert_equal(ours.get_text_embedding_batch(TEXTS), theirs.get_text_embedding_batch(TEXTS))
     assert_equal([ours.get_query_embedding("tide")], [theirs.get_query_embedding("tide")])
