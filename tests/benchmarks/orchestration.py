@@ -3,7 +3,7 @@
     python tests/benchmarks/orchestration.py [--partitions 4] [--partition-s 20]
 
 The device is a double that sleeps as long as a real one would work: it takes no core, so its waiting is the pipeline's doing
-and not the noise of a busy machine. The partitions hold what `partition.target_s` makes them hold by default. Everything else is
+and not noise. The partitions hold what `partition.target_s` makes them hold by default. Everything else is
 real: documents, chunk workers, spool, embedded Qdrant, Prefect server. The figure is an upper bound of Prefect's share: the
 look-ups, the planning and the spool are in it.
 """

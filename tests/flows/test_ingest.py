@@ -80,11 +80,21 @@ def read_task_states(state: Any) -> list[tuple[str, str, str]]:
     return [(run.name, run.state.name, run.state.message or "") for run in runs if run.state is not None]
 
 
-def test_documents_end_up_in_qdrant_and_the_run_shows_how(tmp_path: Path, minilm: str) -> None:
-    settings = make_settings(write_texts(tmp_path / "docs"), tmp_path / "data", minilm)
+@pytest.fixture(scope="module")
+def first_run(
+    prefect_api: str, minilm: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[IngestSettings, Any, RunSummary]:
+    """The texts, ingested once; the tests below leave the collection as it is."""
+    folder = tmp_path_factory.mktemp("first")
+    settings = make_settings(write_texts(folder / "docs"), folder / "data", minilm)
     state, summary = run_flow(settings)
     assert state.is_completed(), state.message
     assert summary is not None
+    return settings, state, summary
+
+
+def test_documents_end_up_in_qdrant_and_the_run_shows_how(first_run: tuple[IngestSettings, Any, RunSummary]) -> None:
+    _, state, summary = first_run
     assert (summary.books.documents_seen, summary.books.documents_written) == (3, 3)
     assert summary.books.nodes_cpu == summary.books.nodes_planned == summary.books.points_counted > 3
     assert "asked for by embedding.device" in summary.device_note
@@ -104,10 +114,10 @@ def test_documents_end_up_in_qdrant_and_the_run_shows_how(tmp_path: Path, minilm
     assert "books closed" in artifacts["report-port"]
 
 
-def test_a_second_run_finds_everything_there_and_loads_no_model(tmp_path: Path, minilm: str) -> None:
-    settings = make_settings(write_texts(tmp_path / "docs"), tmp_path / "data", minilm)
-    run_flow(settings)
-    state, summary = run_flow(settings)
+def test_a_second_run_finds_everything_there_and_loads_no_model(
+    first_run: tuple[IngestSettings, Any, RunSummary],
+) -> None:
+    state, summary = run_flow(first_run[0])
     assert state.is_completed()
     assert summary is not None
     assert summary.books.documents_unchanged == summary.books.documents_seen == 3
@@ -116,11 +126,10 @@ def test_a_second_run_finds_everything_there_and_loads_no_model(tmp_path: Path, 
     assert summary.partitions == []
 
 
-def test_what_was_ingested_is_found_by_its_meaning(tmp_path: Path, minilm: str) -> None:
+def test_what_was_ingested_is_found_by_its_meaning(first_run: tuple[IngestSettings, Any, RunSummary]) -> None:
     from tasks.search import search_collection
 
-    settings = make_settings(write_texts(tmp_path / "docs"), tmp_path / "data", minilm)
-    run_flow(settings)
+    settings = first_run[0]
     hits = search_collection(
         "How many tugboats does a large vessel need?",
         embedding=settings.embedding,
@@ -133,6 +142,28 @@ def test_what_was_ingested_is_found_by_its_meaning(tmp_path: Path, minilm: str) 
     document = TEXTS["harbour.md"]
     assert hits[0].start_char is not None
     assert document[hits[0].start_char : hits[0].end_char].strip() == hits[0].text.strip()
+
+
+def test_llama_index_reads_the_collection_as_it_is(
+    first_run: tuple[IngestSettings, Any, RunSummary], minilm: str
+) -> None:
+    from llama_index.core import VectorStoreIndex
+    from llama_index.embeddings.huggingface import HuggingFaceEmbedding
+    from llama_index.vector_stores.qdrant import QdrantVectorStore
+    from qdrant_client import QdrantClient
+
+    client = QdrantClient(path=f"{first_run[0].data_folder}/qdrant")
+    try:
+        index = VectorStoreIndex.from_vector_store(
+            QdrantVectorStore(client=client, collection_name="port"),
+            embed_model=HuggingFaceEmbedding(model_name=minilm, device="cpu"),
+        )
+        (best, *_) = index.as_retriever(similarity_top_k=2).retrieve("How far from land is ballast water exchanged?")
+    finally:
+        client.close()
+    assert "200 nautical miles" in best.node.get_content()
+    assert best.node.ref_doc_id == "rules.txt"
+    assert best.node.metadata["file_name"] == "rules.txt"
 
 
 def test_a_document_that_cannot_be_read_ends_the_run_red_and_the_others_are_stored(tmp_path: Path, minilm: str) -> None:
@@ -149,16 +180,21 @@ def test_a_document_that_cannot_be_read_ends_the_run_red_and_the_others_are_stor
     assert "broken.pdf" in read_artifacts(state)["report-port"]
 
 
-def test_another_chunking_is_refused_before_a_model_is_loaded(tmp_path: Path, minilm: str) -> None:
-    docs, data = write_texts(tmp_path / "docs"), tmp_path / "data"
-    run_flow(make_settings(docs, data, minilm))
-    shutil.rmtree(data / "memory-models")
-    state, summary = run_flow(make_settings(docs, data, minilm, chunking={"workers": 1, "max_tokens": 64}))
-    assert state.is_failed()
-    assert summary is None
-    with pytest.raises(StoreMismatch, match="fingerprint"):
-        state.result()
-    assert not (data / "memory-models").exists()  # a device that starts measures itself
+def test_another_chunking_is_refused_before_a_model_is_loaded(
+    first_run: tuple[IngestSettings, Any, RunSummary], minilm: str, tmp_path: Path
+) -> None:
+    settings = first_run[0]
+    data = Path(settings.data_folder)
+    fits = shutil.move(data / "memory-models", tmp_path / "fits")
+    try:
+        state, summary = run_flow(make_settings(settings.source.uri, data, minilm, chunking={"max_tokens": 64}))
+        assert state.is_failed()
+        assert summary is None
+        with pytest.raises(StoreMismatch, match="fingerprint"):
+            state.result()
+        assert not (data / "memory-models").exists()  # a device that starts measures itself
+    finally:
+        shutil.move(fits, data / "memory-models")
 
 
 def test_a_source_that_is_not_there_is_refused(tmp_path: Path, minilm: str) -> None:
