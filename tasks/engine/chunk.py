@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -54,7 +54,7 @@ def count_workers(setting: int) -> int:
     return setting or max(1, min(8, len(os.sched_getaffinity(0)) - 1))
 
 
-def iter_chunked(items: Iterable[Item], spec: ChunkSpec, workers: int) -> Iterator[Chunked]:
+def iter_chunked(items: Iterable[Item], spec: ChunkSpec, workers: int) -> Generator[Chunked, None, None]:
     """Each item's nodes, or why it has none, in the order of the items; `workers` processes, 0: in this one.
 
     An item whose worker dies (killed for its memory) comes back as failed; the others that were under way are done

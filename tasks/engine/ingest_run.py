@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -31,6 +32,8 @@ from tasks.policy.partitions import MIN_PARTITION_TOKENS, PartitionBuilder, choo
 from tasks.records import Books, ModelFiles, Node, Partition, PartitionReport, Payload, RunSummary
 
 logger = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
 
 NOTHING_TO_EMBED = "nothing new to embed: no model was loaded"
 
@@ -85,8 +88,15 @@ class IngestRun:
         self._started = time.monotonic()
         self._stage_seconds: defaultdict[str, float] = defaultdict(float)
         progress = Progress(source.total_bytes())
-        chunked = iter_chunked(iter(source), spec, count_workers(settings.chunking.workers))
-        nodes = select_new_nodes(chunked, _BoundCollection(store, physical), self.books, self._books_lock, progress)
+        self._chunked = iter_chunked(iter(source), spec, count_workers(settings.chunking.workers))
+        # Documents are watched, not only nodes: a source with nothing new in it yields no node until its end.
+        nodes = select_new_nodes(
+            self._watch_for_stop(self._chunked),
+            _BoundCollection(store, physical),
+            self.books,
+            self._books_lock,
+            progress,
+        )
         self._partitions = fill_partitions(
             self._watch_for_stop(nodes), self.spool, progress, self._new_builder, vector_bytes=4 * files.dimension
         )
@@ -142,7 +152,9 @@ class IngestRun:
             embedded = devices.embed(token_ids, partition.index)
         started = time.monotonic()
         embedded.collect_spilled()
-        report = _to_report(partition, nodes, embedded, embedded.seconds + time.monotonic() - started)
+        if devices.embedder is not None:
+            embedded.seconds += time.monotonic() - started
+        report = _to_report(partition, nodes, embedded)
         good = np.flatnonzero(embedded.placed != MISSING)
         self.spool.write_vectors(partition, good, embedded.vectors[good])
         with self._books_lock:
@@ -200,15 +212,17 @@ class IngestRun:
         self._devices_ready.set()
         with self._source_lock:
             self._partitions.close()
+            # By hand: where an error ended a later stage, its traceback keeps this generator and its processes alive.
+            self._chunked.close()
         self.sampler.stop()
         self.store.close()
 
     # ------------------------------------------------------------------------------------------ parts
 
-    def _watch_for_stop(self, nodes: Iterator[Node]) -> Iterator[Node]:
-        for node in nodes:
+    def _watch_for_stop(self, items: Iterator[Item]) -> Iterator[Item]:
+        for item in items:
             self._refuse_if_stopped()
-            yield node
+            yield item
 
     def _refuse_if_stopped(self) -> None:
         if self._stop.is_set():
@@ -308,7 +322,7 @@ def refuse_open_books(off: Sequence[str]) -> None:
         )
 
 
-def _to_report(partition: Partition, nodes: Sequence[Node], embedded: Embedded, seconds: float) -> PartitionReport:
+def _to_report(partition: Partition, nodes: Sequence[Node], embedded: Embedded) -> PartitionReport:
     failed = {nodes[row].node_id: reason for row, reason in embedded.failed.items()}
     return PartitionReport(
         index=partition.index,
@@ -322,7 +336,7 @@ def _to_report(partition: Partition, nodes: Sequence[Node], embedded: Embedded, 
         batch_max=max(embedded.batch_sizes, default=0),
         peak_bytes=embedded.peak_bytes,
         budget_bytes=embedded.budget_bytes,
-        seconds=seconds,
+        seconds=embedded.seconds,
         padding_tokens=embedded.padding_tokens,
         redone_fp32=embedded.redone_fp32,
         steps=tuple(embedded.steps),

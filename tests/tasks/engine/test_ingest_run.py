@@ -1,0 +1,90 @@
+"""A run's stages without Prefect: real model files, real chunk workers, real embedded Qdrant."""
+
+import collections
+import multiprocessing
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.backends.model_files import resolve_model
+from tasks.backends.qdrant import open_store
+from tasks.backends.sources import Source
+from tasks.config import IngestSettings
+from tasks.engine.fingerprint import find_tokenizer, make_chunk_spec
+from tasks.engine.ingest_run import IngestRun
+from tasks.errors import RunStopped, SourceError
+from tasks.observe import SilentObserver
+from tasks.records import Document, Rejection
+
+Item = Document | Rejection
+
+
+class Items(Source):
+    """Whatever it is given, instead of files."""
+
+    def __init__(self, items: Callable[[], Iterator[Item]]) -> None:
+        self._items = items
+
+    def total_bytes(self) -> int:
+        return 0
+
+    def __iter__(self) -> Iterator[Item]:
+        return self._items()
+
+
+def open_run(folder: Path, model: str, items: Callable[[], Iterator[Item]], **groups: dict[str, Any]) -> IngestRun:
+    defaults = {
+        "source": {"uri": "nowhere"},
+        "chunking": {"workers": 1},
+        "partition": {"max_tokens": 1000},
+        "data_folder": str(folder),
+    }
+    settings = IngestSettings.model_validate({**defaults, **groups})
+    files = resolve_model(model)
+    spec = make_chunk_spec(settings, files, find_tokenizer(files, settings.data_folder), "f" * 64)
+    store = open_store(settings.qdrant, settings.data_folder, environment={})
+    physical = store.prepare_collection(
+        "port", dimension=files.dimension, fingerprint=spec.fingerprint, model=files.name
+    )
+    return IngestRun(settings, files, Items(items), store, physical, spec, SilentObserver())
+
+
+def count_processes() -> int:
+    return len(multiprocessing.active_children())
+
+
+def test_a_stop_is_noticed_where_nothing_in_the_source_is_new(tmp_path: Path, minilm: str) -> None:
+    """Ctrl-C in a large collection where hardly anything changed: no node to embed comes by for a long time."""
+
+    def nothing_new() -> Iterator[Item]:
+        for number in range(500_000):
+            if number == 1_000:
+                closing.start()
+            yield Rejection(f"empty-{number}.txt", "skipped", "read", "no text in it")
+        raise AssertionError("nobody stopped it")
+
+    before = count_processes()
+    run = open_run(tmp_path, minilm, nothing_new)
+    closing = threading.Thread(target=run.close)
+    with pytest.raises(RunStopped) as stopped:
+        run.spool_next_partition()
+    closing.join()
+    # Still held, as a task's state holds it: the traceback's frames must not keep the workers.
+    assert stopped.value is not None
+    assert count_processes() == before
+
+
+def test_a_source_that_fails_midway_ends_the_run_with_its_reason_and_no_process(tmp_path: Path, minilm: str) -> None:
+    def breaks() -> Iterator[Item]:
+        yield from (Document(f"{number}.txt", "The pilot boards before the breakwater. " * 5) for number in range(200))
+        raise SourceError("the bucket went away")
+
+    before = count_processes()
+    run = open_run(tmp_path, minilm, breaks)
+    with pytest.raises(SourceError, match="bucket"):
+        collections.deque(iter(run.spool_next_partition, None), maxlen=0)
+    run.close()
+    assert count_processes() == before
