@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -9,10 +10,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from tasks.engine.embed_nodes import UNWATCHED, Embedded, NodeEmbedder, Watch
+from tasks.errors import DeviceError, ModelError
 from tasks.records import TokenIds
 
 if TYPE_CHECKING:
     from tasks.engine.measure_device import MeasuredDevice
+
+logger = logging.getLogger(__name__)
 
 
 class CpuPool:
@@ -28,6 +32,7 @@ class CpuPool:
         self._idle: queue.LifoQueue[NodeEmbedder] = queue.LifoQueue()  # the last one used has its model loaded
         self._all: list[NodeEmbedder] = []
         self._lock = threading.Lock()
+        self._is_full = False  # a worker could not be started: those that are there do it all
         self.workers = workers
         self._threads = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="cpu-pool")
 
@@ -53,7 +58,21 @@ class CpuPool:
         try:
             return self._idle.get_nowait()
         except queue.Empty:
+            if not self._is_full:
+                return self._grow()
+        return self._idle.get()
+
+    def _grow(self) -> NodeEmbedder:
+        """One worker more. Where there is no room for it beside those at work, wait for one of them, now and later."""
+        try:
             return self._add_worker()[0]
+        except (DeviceError, ModelError) as error:
+            if not self._all:
+                raise
+            reason = str(error)
+        self._is_full = True
+        logger.warning("cpu_pool workers=%d of=%d reason=%r", len(self._all), self.workers, reason)
+        return self._idle.get()
 
     def _add_worker(self) -> tuple[NodeEmbedder, MeasuredDevice]:
         embedder, measured = self._make_worker()

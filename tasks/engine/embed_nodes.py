@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks.backends.encoder import Encoder
-from tasks.errors import DeviceError, RunStopped
+from tasks.errors import DeviceError, ModelError, RunStopped
 from tasks.policy.budget import compute_budget
 from tasks.policy.ladder import (
     Action,
@@ -76,8 +76,16 @@ class Embedded:
         return rows[[int(row) not in self.failed for row in rows]] if self.failed else rows
 
     def collect_spilled(self) -> Embedded:
-        """Wait for the CPU pool and take its vectors in. Closed afterwards: every row is placed or failed."""
+        """Wait for the CPU pool and take its vectors in. Closed afterwards: every row is placed or failed.
+
+        A pool that can't start is no reason to lose what the device has done: its nodes fail by name.
+        """
         for rows, future in self.spilled:
+            error = future.exception()
+            if isinstance(error, (DeviceError, ModelError)):
+                self.placed[rows] = MISSING
+                self.failed.update({int(row): f"no place on the device, nor on the CPU pool: {error}" for row in rows})
+                continue
             spilled = future.result()
             self.vectors[rows] = spilled.vectors
             self.placed[rows] = np.where(spilled.placed == MISSING, MISSING, ON_CPU).astype(np.int8)
@@ -85,6 +93,8 @@ class Embedded:
             self.steps.extend(replace(step, reason=f"CPU pool: {step.reason}") for step in spilled.steps)
             self.redone_fp32 += spilled.redone_fp32
             if self.device == "cpu":
+                # Not until the pool was done with it: partitions queue up there, and the wait is not this one's work.
+                self.seconds = max(self.seconds, spilled.seconds)
                 self.batch_sizes.extend(spilled.batch_sizes)
                 self.padding_tokens += spilled.padding_tokens
                 self.budget_bytes = max(self.budget_bytes, spilled.budget_bytes)

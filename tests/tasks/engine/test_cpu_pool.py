@@ -1,15 +1,18 @@
 """The CPU pool's own work: workers started when needed, used again, replaced by their embedders, ended with the pool."""
 
 import threading
+import time
 
 import numpy as np
 import pytest
 
 from tasks.backends.fake_encoder import FakeEncoder, to_unit_vector
 from tasks.engine.cpu_pool import CpuPool
+from tasks.engine.devices import Devices
 from tasks.engine.embed_nodes import EmbedSettings, NodeEmbedder
 from tasks.engine.measure_device import MeasuredDevice
 from tasks.errors import DeviceError, ModelError, RunStopped
+from tasks.observe import SilentObserver
 from tasks.policy.memory import MemoryModel, start_fit
 from tasks.records import TokenIds
 
@@ -81,3 +84,37 @@ def test_a_run_that_is_told_to_stop_stops_before_the_next_micro_batch() -> None:
         pool.submit(make_nodes(30, seed=1)).result()
     pool.close()
     assert len(workers.encoders[0].calls) == before
+
+
+def test_a_second_worker_that_finds_no_room_leaves_the_work_to_the_first() -> None:
+    workers = Workers()
+    refused: list[int] = []
+
+    def make_one() -> tuple[NodeEmbedder, MeasuredDevice]:
+        if workers.encoders:
+            refused.append(1)
+            raise DeviceError("The device process (pid 7) died by SIGKILL, while it loaded the model.")
+        return workers()
+
+    pool = CpuPool(make_one, workers=2)
+    pool.start()
+    shares = [make_nodes(40, seed) for seed in range(6)]
+    embedded = [future.result() for future in [pool.submit(share) for share in shares]]
+    pool.close()
+    for share, result in zip(shares, embedded, strict=True):
+        np.testing.assert_allclose(result.vectors, [to_unit_vector(ids, 32) for ids in share], atol=1e-6)
+    assert len(refused) <= 1
+
+
+def test_a_partition_counts_the_seconds_of_its_work_not_those_in_the_queue() -> None:
+    """Three partitions wait in front of one worker: together they take no longer than it is at work."""
+    workers = Workers()
+    pool = CpuPool(workers, workers=1)
+    started = time.monotonic()
+    devices = Devices(None, pool, device="cpu", note="", tokens_per_s=0.0, observer=SilentObserver())
+    waiting = [devices.spread_over_pool(make_nodes(400, index), index, 32) for index in range(3)]
+    seconds = [embedded.collect_spilled().seconds for embedded in waiting]
+    took_s = time.monotonic() - started
+    devices.close()
+    assert all(seconds)
+    assert sum(seconds) <= took_s

@@ -20,6 +20,7 @@ from tasks.engine.embed_nodes import (
     NodeEmbedder,
     Watch,
 )
+from tasks.errors import DeviceError
 from tasks.policy.ladder import LadderSettings
 from tasks.policy.memory import MemoryModel, start_fit
 from tasks.records import LadderStep, TokenIds
@@ -354,3 +355,18 @@ def test_whatever_fails_whenever_no_node_is_lost_or_embedded_twice(
     embedded = make_embedder(encoder, spill=spill, model=true_model(encoder, scale)).embed(distinct)
     if distinct:
         assert_whole(embedded, distinct, encoder, spill)
+
+
+def test_a_cpu_pool_that_cannot_start_costs_only_the_nodes_it_was_to_take() -> None:
+    class Unavailable(InlineCpu):
+        def submit(self, token_ids: Sequence[TokenIds], watch: Watch = UNWATCHED) -> Future[Embedded]:
+            future: Future[Embedded] = Future()
+            future.set_exception(DeviceError("The device process (pid 7) died by SIGKILL, while it loaded the model."))
+            return future
+
+    encoder = FakeEncoder(total_bytes=2 * GIB, c1=MIB)
+    nodes = make_nodes([4000, 100, 90])  # the first alone needs 4 GB
+    embedded = make_embedder(encoder, spill=Unavailable()).embed(nodes).collect_spilled()
+    assert embedded.placed.tolist() == [MISSING, ON_DEVICE, ON_DEVICE]
+    assert list(embedded.failed) == [0]
+    assert "while it loaded the model" in embedded.failed[0]
