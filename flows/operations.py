@@ -17,7 +17,10 @@ class Operations:
     def ingest(self, settings: IngestSettings, observer: RunObserver) -> bool:
         """Run the flow; what it found is in `observer.finished`. False: it ended red. Raises what ended it early."""
         from flows.api_server import embedded_api
+        from tasks.check_inputs import check_inputs
 
+        observer.stage("check", "source, model and data folder")
+        check_inputs(settings)
         observer.stage("prefect", "the configured API, or an embedded one")
         with embedded_api(settings.data_folder, meanwhile=self.load_flow):
             state = self.load_flow()(settings, return_state=True)

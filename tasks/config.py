@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, model_validator
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
@@ -62,12 +63,20 @@ class ChunkingSettings(Settings):
     )
 
 
+def _check_device(name: str) -> str:
+    if re.fullmatch(r"auto|cpu|cuda(:\d+)?", name) is None:
+        raise ValueError("it can be auto, cpu, cuda or cuda:N")
+    return name
+
+
 class EmbeddingSettings(Settings):
     """The model and the device."""
 
     model: str = Field("BAAI/bge-m3", description="A model id on the hub, or a folder with a SentenceTransformer.")
     revision: str | None = Field(None, description="The hub's commit, branch or tag; unset: the default branch.")
-    device: str = Field("auto", description="auto, cuda:N or cpu; auto is the first CUDA device, else the CPU pool.")
+    device: Annotated[str, AfterValidator(_check_device)] = Field(
+        "auto", description="auto, cuda:N or cpu; auto is the first CUDA device, else the CPU pool."
+    )
     precision: Literal["auto", "fp32", "fp16", "bf16"] = Field(
         "auto", description="auto: fp16 on CUDA, fp32 on the CPU (their vectors agree, cosine >= 0.999)."
     )

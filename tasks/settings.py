@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -38,6 +39,10 @@ def build_settings(
     for path, value in (flags or {}).items():
         if value is not None:
             set_value(tree, path, value)
+    if str(tree.get("data_folder", "")).startswith(
+        "~"
+    ):  # a folder named ~ would be a trap: who removes it, removes all
+        tree["data_folder"] = os.path.expanduser(tree["data_folder"])  # noqa: PTH111  an unknown user stays as it is
     if not needs_source:
         tree.setdefault("source", ".")
     try:
@@ -111,6 +116,10 @@ def describe_error(location: tuple[str, ...], kind: str, message: str, value: An
         return f"{path}: missing. Give SOURCE on the command line, or source.uri in the config file."
     if not path:  # about several knobs together: the message says which
         return f"{message}."
+    if kind in ("tuple_type", "list_type"):
+        return f"{path}: must be a list; it is {value!r}. In TOML and with --set: '{path}=[\"{value}\"]'."
+    if kind == "value_error":  # a validator of ours: its message is whole
+        message = message.removeprefix("Value error, ")
     shown = "..." if SECRET.search(location[-1] if location else "") else repr(value)
     return f"{path}: {message[:1].lower()}{message[1:]}; it is {shown[:200]}."
 

@@ -121,14 +121,15 @@ def explain_io_error(error: BaseException) -> str:
         return "not there any more: it vanished after it was listed"
     if isinstance(error, PermissionError):
         return "permission denied: let this user read it"
-    if isinstance(error, OSError) and error.errno is not None:
+    if isinstance(error, OSError) and error.errno is not None and error.errno > 0:  # a resolver's are negative
         return f"can't be read: {os.strerror(error.errno)}"
     return f"can't be read: {type(error).__name__} {hide_secrets(str(error))}".rstrip()
 
 
 def is_web_refusal(error: BaseException) -> bool:
-    """fsspec says that a page is not found whatever the server answered: 401 or 500, it is in the cause."""
-    return isinstance(error, FileNotFoundError) and getattr(error.__cause__, "status", 404) != 404
+    """fsspec says that a page is not found whatever happened: a 401, a 500 or a refused connection is in the cause."""
+    cause = error.__cause__
+    return isinstance(error, FileNotFoundError) and cause is not None and getattr(cause, "status", None) != 404
 
 
 def hide_secrets(text: str) -> str:

@@ -59,13 +59,17 @@ def resolve_model(model: str, revision: str | None = None) -> ModelFiles:
 
     A hub model's revision is its commit; a folder's is a hash of its files' contents. Raises ModelError.
     """
+    if not model.strip():  # Path("") is the working folder
+        raise ModelError("The model's name is empty. Give an id on the hub, owner/name, or a model's folder.")
     folder = Path(model).expanduser()
     if folder.is_dir():
         if revision is not None:
             raise ModelError(
                 f"{model} is a folder, and revision={revision!r} names a commit of a hub model. Leave revision unset."
             )
-        return describe_folder(folder, name=model, revision=_hash_folder(folder))
+        # Absolute: the name is kept with the collection, and a search may come from another working folder.
+        folder = folder.resolve()
+        return describe_folder(folder, name=str(folder), revision=_hash_folder(folder))
     if model.startswith((".", "~", os.sep)) or model.count("/") > 1 or folder.exists():
         raise ModelError(
             f"No folder {folder}. Give a folder with a SentenceTransformer, or an id on the hub, owner/name."

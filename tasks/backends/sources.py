@@ -68,6 +68,8 @@ class Source:
 def open_source(settings: SourceSettings) -> Source:
     """List it. Raises SourceError: not there, not listable, nothing to read in it; ConfigError: format or encoding."""
     _check_settings(settings)
+    if not settings.uri.strip():  # Path("") is the working folder: nobody's answer to an unset shell variable
+        raise ConfigError("The source is empty. Give a file, a folder, a glob or a URL; . is the working folder.")
     name = hide_secrets(settings.uri)
     fs, path = connect(settings.uri)
     # A listing that was cached for the last run would hide what has been added since.
@@ -165,7 +167,7 @@ class _Listing:
                     kind = self._resolve(info)
                 except OSError as error:
                     if matches(name):
-                        yield self._reject(info["name"], "failed", f"a broken symbolic link: {explain_io_error(error)}")
+                        yield self._reject(info["name"], "failed", _explain_broken_link(error))
                     continue
                 if kind["type"] == "directory":
                     if self._is_reached(name):
@@ -237,3 +239,8 @@ class _Listing:
             return "a symbolic link to a folder that holds the source itself"
         self.listed.add(real)
         return ""
+
+
+def _explain_broken_link(error: OSError) -> str:
+    what = "its target is not there" if isinstance(error, FileNotFoundError) else explain_io_error(error)
+    return f"a broken symbolic link: {what}"

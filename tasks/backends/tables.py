@@ -264,7 +264,10 @@ def _find_delimiter(first: str, settings: SourceSettings) -> tuple[str, list[str
 
 def _find_bad_cells(cells: Sequence[str], header: Sequence[str], delimiter: str) -> str:
     if len(cells) != len(header):
-        return f"{len(cells)} cells in a table of {len(header)} columns; quote the cells that hold a {delimiter!r}"
+        way_out = (
+            f"quote the cells that hold a {delimiter!r}" if len(cells) > len(header) else "fill in the missing ones"
+        )
+        return f"{len(cells)} {'cell' if len(cells) == 1 else 'cells'} in a table of {len(header)} columns; {way_out}"
     for cell in cells:
         if "\x00" in cell:
             return describe_binary(cell.index("\x00"))

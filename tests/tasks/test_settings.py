@@ -99,3 +99,21 @@ def test_sizes() -> None:
         parse_bytes("--gpu-memory", "big")
     with pytest.raises(ConfigError, match="more than nothing"):
         parse_bytes("--gpu-memory", "0")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("source.formats=md", "must be a list; it is 'md'.*'source.formats=[\"md\"]'"),
+        ("embedding.device=gpu", "^embedding.device: it can be auto, cpu, cuda or cuda:N; it is 'gpu'"),
+        ("embedding.device=cuda:x", "it can be auto"),
+    ],
+)
+def test_what_is_refused_says_how_to_write_it(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
+        build_settings(overrides=[override], flags={"source.uri": "docs"})
+
+
+def test_a_data_folder_in_the_home_folder_is_no_folder_named_tilde() -> None:
+    settings = build_settings(overrides=["data_folder=~/ballast"], flags={"source.uri": "docs"})
+    assert settings.data_folder == str(Path.home() / "ballast")

@@ -57,6 +57,18 @@ def write_model(folder: Path, **files: Any) -> Path:
     return folder
 
 
+def test_a_folder_is_named_absolutely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The name is kept with the collection, and the next search may come from elsewhere.
+    write_model(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    assert resolve_model("model").name == str(tmp_path / "model")
+
+
+def test_an_empty_name_is_not_the_working_folder() -> None:
+    with pytest.raises(ModelError, match="empty"):
+        resolve_model("")
+
+
 def test_the_real_model_is_described_as_sentence_transformers_sees_it() -> None:
     from sentence_transformers import SentenceTransformer
 

@@ -258,6 +258,12 @@ def test_a_source_that_does_not_exist_is_an_error(uri: str) -> None:
         open_source(SourceSettings(uri=uri))
 
 
+@pytest.mark.parametrize("uri", ["", " "])
+def test_an_empty_source_is_not_the_working_folder(uri: str) -> None:
+    with pytest.raises(ConfigError, match="source is empty"):
+        open_source(SourceSettings(uri=uri))
+
+
 def test_a_source_with_nothing_to_read_is_an_error_that_says_what_is_there(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="no files at all"):
         open_source(SourceSettings(uri=str(tmp_path)))
@@ -366,6 +372,13 @@ def test_a_web_page_that_is_refused_is_an_error_that_says_so(web: str) -> None:
         open_source(SourceSettings(uri=f"http://{web}/broken/a.md"))
     with pytest.raises(SourceError, match="does not exist"):
         open_source(SourceSettings(uri=f"http://{web}/gone/a.md"))
+
+
+def test_a_web_server_that_does_not_listen_is_not_a_page_that_does_not_exist() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with pytest.raises(SourceError, match="Connection refused"):
+        open_source(SourceSettings(uri=f"http://127.0.0.1:{port}/a.md"))
 
 
 def test_a_web_page_that_fails_later_is_a_rejection_without_secrets(web: str) -> None:

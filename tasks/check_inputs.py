@@ -1,0 +1,39 @@
+"""What is refused before anything is started or written: a mistyped path must not cost the start of the Prefect API."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from tasks.backends.model_files import resolve_model
+from tasks.backends.qdrant_collections import check_name
+from tasks.backends.sources import open_source
+from tasks.config import IngestSettings
+from tasks.errors import ConfigError
+
+
+def check_inputs(settings: IngestSettings) -> None:
+    """Look at the data folder, the collection's name, the source and the model's files. The run itself looks again.
+
+    Raises ConfigError, SourceError, ModelError.
+    """
+    check_data_folder(settings.data_folder)
+    check_name(settings.qdrant.collection)
+    open_source(settings.source)
+    resolve_model(settings.embedding.model, settings.embedding.revision)
+
+
+def check_data_folder(folder: str) -> None:
+    """Whether the folder can be written to, or made; makes nothing. Raises ConfigError."""
+    if not folder.strip():
+        raise ConfigError("data_folder is empty. Name a folder with --data-folder, or leave it out for .ballast.")
+    path = Path(folder).absolute()
+    there = next(each for each in (path, *path.parents) if each.exists())
+    if not there.is_dir():
+        raise ConfigError(
+            f"The data folder {folder} can't be made: {there} is a file. Name another with --data-folder."
+        )
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"The data folder {folder} can't be written: no permission in {there}. Name another with --data-folder."
+        )
