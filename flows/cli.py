@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import traceback
@@ -23,6 +24,7 @@ from tasks.errors import (
     SourceError,
     StoreLocked,
     StoreMismatch,
+    StoreMissing,
     StoreUnavailable,
 )
 
@@ -37,10 +39,15 @@ UNAVAILABLE = 4
 BUG = 70  # EX_SOFTWARE of sysexits.h
 INTERRUPTED = 130
 
+MAX_HITS = 1000
+# What a disk does to any program: no space, no quota, read-only, no permission, broken.
+DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO})
+
 EPILOG = (
     "Exit codes: 0 all fine; 1 the run failed, documents failed, the books don't close, or a search found nothing; "
-    "2 wrong usage or configuration; 3 refused before any work (collection of another model, locked folder, unreadable "
-    "source, unknown model); 4 a service or device is not available, try again; 70 a bug in Ballast; 130 interrupted. "
+    "2 wrong usage or configuration; 3 refused before any work (no such collection, "
+    "or one of another model, locked folder, unreadable source, unknown model); 4 a service or device is not available, "
+    "try again; 70 a bug in Ballast; 130 interrupted. "
     "QDRANT_URL and QDRANT_API_KEY choose a Qdrant server, PREFECT_API_URL a Prefect server; without them both are "
     "embedded, in the data folder."
 )
@@ -78,6 +85,17 @@ class ExitCodes:
             case BallastError():
                 self._terminal.print_error(type(error).__name__, str(error))
                 raise typer.Exit(exit_code_of(error)) from None
+            case KeyboardInterrupt():
+                self._terminal.print_error("Interrupted", "interrupted. What is stored stays; run it again to go on.")
+                raise typer.Exit(INTERRUPTED) from None
+            case OSError() if error.errno in DISK_ERRORS:
+                where = f" ({error.filename})" if error.filename else ""
+                self._terminal.print_error(
+                    type(error).__name__,
+                    f"{error.strerror}{where}. Make room or give the permission, or name another --data-folder; "
+                    "then run it again.",
+                )
+                raise typer.Exit(FAILED) from None
             case Exception():
                 traceback.print_exception(error)
                 self._terminal.print_error(type(error).__name__, f"this is a bug in Ballast: {error}")
@@ -113,7 +131,7 @@ def exit_code_of(error: BallastError) -> int:
     match error:
         case ConfigError():
             return USAGE
-        case StoreMismatch() | StoreLocked() | SourceError() | ModelError():
+        case StoreMismatch() | StoreMissing() | StoreLocked() | SourceError() | ModelError():
             return REFUSED
         case StoreUnavailable() | DeviceError() | ApiUnavailable():
             return UNAVAILABLE
@@ -286,7 +304,7 @@ def search(
     context: typer.Context,
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to look for, in plain words.")],
     collection: Collection = None,
-    limit: Annotated[int, typer.Option(min=1, max=1000, help="Passages at most.")] = 5,
+    limit: Annotated[int, typer.Option(help="Passages at most, 1 to 1000.")] = 5,
     model: Model = None,
     revision: Revision = None,
     device: Device = None,
@@ -319,6 +337,8 @@ def search(
             },
             needs_source=False,
         )
+        if not 1 <= limit <= MAX_HITS:  # not by typer: --json gets its document
+            raise ConfigError(f"--limit {limit}: it can be 1 to {MAX_HITS}.")
         hits = context.ensure_object(Operations).search(
             question,
             embedding=settings.embedding,

@@ -139,7 +139,9 @@ class Terminal:
         self._out.print(Text(f"{plan.spilled_nodes:,} nodes would go to the CPU pool{advice}.", style="yellow"))
 
     def print_hits(self, hits: Sequence[SearchHit]) -> None:
-        """Passages with score, document and position."""
+        """Passages with score, document and position; where there is none, a sentence on stderr."""
+        if not hits:
+            self.print_notice("Nothing found: the collection is empty.")
         if not self.is_rich:
             self.print_lines(to_lines(tabulate_hits(hits)))
             return

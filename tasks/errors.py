@@ -8,6 +8,7 @@ BallastError
 ├── DeviceError          the device asked for is not there, or a device process died too often
 ├── StoreError           Qdrant
 │   ├── StoreMismatch    another dimension, fingerprint or owner: refused before any device time is spent
+│   ├── StoreMissing     no collection of that name, or no embedded Qdrant at all
 │   ├── StoreLocked      another process holds the embedded Qdrant folder
 │   ├── StoreUnavailable transient: reset, timeout, 429, 5xx; worth a retry
 │   └── StoreRejected    permanent: the request itself is refused
@@ -47,6 +48,10 @@ class StoreError(BallastError):
 
 
 class StoreMismatch(StoreError):  # noqa: N818  the tree reads as states of the store
+    pass
+
+
+class StoreMissing(StoreError):  # noqa: N818
     pass
 
 

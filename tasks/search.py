@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
 
 from tasks.backends.model_files import resolve_model
 from tasks.backends.process_encoder import ProcessEncoder
 from tasks.backends.qdrant import open_store
+from tasks.backends.qdrant_connection import choose_url
 from tasks.backends.tokenizer import NodeTokenizer
 from tasks.config import BudgetSettings, EmbeddingSettings, QdrantSettings
 from tasks.engine.devices import choose_device, make_spec
 from tasks.engine.fingerprint import find_tokenizer
-from tasks.errors import ConfigError, DeviceError, StoreMismatch
+from tasks.errors import ConfigError, DeviceError, ModelError, StoreMismatch, StoreMissing
 from tasks.records import SearchHit
+
+logger = logging.getLogger(__name__)
 
 
 def search_collection(
@@ -27,16 +34,31 @@ def search_collection(
 ) -> list[SearchHit]:
     """The passages nearest to the question, best first. The model is the collection's unless embedding.model names one.
 
-    Raises ConfigError for an empty question, StoreError where the collection is not there, StoreMismatch for a model that
+    Raises ConfigError for an empty question, StoreMissing where the collection is not there, StoreMismatch for a model that
     did not make the collection, ModelError where the model can't be found.
     """
     if not question.strip():
         raise ConfigError("The question is empty. Give some words to search for.")
-    store = open_store(qdrant, data_folder, environment=os.environ if environment is None else environment)
+    environment = os.environ if environment is None else environment
+    if choose_url(qdrant, environment) is None and not (Path(data_folder) / "qdrant").is_dir():
+        # Opening it would make it.
+        raise StoreMissing(
+            f"There is no embedded Qdrant in {Path(data_folder).absolute()}. Run `ballast ingest` first, name its folder "
+            "with --data-folder, or a server with --qdrant."
+        )
+    store = open_store(qdrant, data_folder, environment=environment)
     try:
         made_with = store.collection_model(qdrant.collection)
         named = "model" in embedding.model_fields_set
-        files = resolve_model(embedding.model if named else str(made_with["model"]), embedding.revision)
+        try:
+            files = resolve_model(embedding.model if named else str(made_with["model"]), embedding.revision)
+        except ModelError as error:
+            if named:
+                raise
+            raise ModelError(
+                f"Collection {qdrant.collection!r} was made with {made_with['model']}, which is not found any more. "
+                f"If it has moved, say where it is with --model. {error}"
+            ) from error
         if files.revision != made_with["revision"]:
             raise StoreMismatch(
                 f"Collection {qdrant.collection!r} was made with {made_with['model']} at revision "
@@ -46,10 +68,16 @@ def search_collection(
         tokens = NodeTokenizer(
             files.path, query_prompt=files.query_prompt, tokenizer_file=find_tokenizer(files, data_folder)
         ).encode_query(question)
+        if len(tokens) > files.max_tokens:
+            logger.warning(
+                "The question has %d tokens, %s takes %d: what is beyond does not count.",
+                len(tokens), files.name, files.max_tokens,
+            )  # fmt: skip
+            tokens = np.append(tokens[: files.max_tokens - 1], tokens[-1:])  # the last one is a special token
         device, _reason = choose_device(embedding.device)
         encoder = ProcessEncoder(make_spec(embedding, BudgetSettings(), files, device))
         try:
-            outcome = encoder.encode([tokens[: files.max_tokens]])
+            outcome = encoder.encode([tokens])
         finally:
             encoder.close()
         if outcome.vectors is None:

@@ -22,7 +22,7 @@ from tasks.backends.qdrant_collections import (
 from tasks.backends.qdrant_connection import SERVER_HINT, choose_url, connect_server, open_embedded, set_write_ahead_log
 from tasks.backends.qdrant_faults import BatchTooLarge
 from tasks.config import QdrantSettings
-from tasks.errors import StoreError, StoreMismatch, StoreRejected, StoreUnavailable
+from tasks.errors import StoreError, StoreMismatch, StoreMissing, StoreRejected, StoreUnavailable
 from tasks.records import Payload, SearchHit, Vectors
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class QdrantStore:
         return physical
 
     def collection_model(self, name: str) -> dict[str, Any]:
-        """The collection's metadata: fingerprint, model, dimension, schema_version. StoreError if there is none."""
+        """The collection's metadata: fingerprint, model, dimension, schema_version. StoreMissing if there is none."""
         physical = self._aliases().get(name, name)
         if physical not in self._collections():
             raise self._missing(name)
@@ -343,7 +343,7 @@ class QdrantStore:
             self._dimensions[physical] = vector.size
         return self._dimensions[physical]
 
-    def _missing(self, name: str) -> StoreError:
+    def _missing(self, name: str) -> StoreMissing:
         there = self.list_collections()
         listed = f"it has {', '.join(there)}" if there else "it has none: run `ballast ingest` first"
-        return StoreError(f"Qdrant {self.calls.place} has no collection {name!r}; {listed}.")
+        return StoreMissing(f"Qdrant {self.calls.place} has no collection {name!r}; {listed}.")

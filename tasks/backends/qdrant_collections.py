@@ -117,7 +117,19 @@ def check_collection_info(spec: CollectionSpec, physical: str, info: models.Coll
         )
     if metadata.get("fingerprint") != spec.fingerprint:
         raise StoreMismatch(
-            f"{shown} was built with fingerprint {metadata.get('fingerprint')} (model {built_with}); this run has "
-            f"{spec.fingerprint} (model {spec.model or 'unknown'}): another model, revision, precision, prompt or "
-            f"chunking. Their vectors can't be compared. {way_out}, or go back to the settings it was built with."
+            f"{shown} was built with {_describe_difference(metadata, spec)}. Their vectors can't be compared. {way_out}, "
+            f"or go back to the settings it was built with. Fingerprints: {str(metadata.get('fingerprint'))[:12]}, "
+            f"now {spec.fingerprint[:12]}."
         )
+
+
+def _describe_difference(metadata: Mapping[str, Any], spec: CollectionSpec) -> str:
+    """What the collection had that this run has not, as far as its metadata tells."""
+    model, revision = str(metadata.get("model")), str(metadata.get("revision"))
+    if spec.revision and revision == spec.revision:
+        return f"this model ({spec.model or model}) but another chunking, precision, prompt or version of the parsers"
+    if spec.revision and model == spec.model:
+        return f"revision {revision[:12]} of {model}; this run has {spec.revision[:12]}"
+    if model == spec.model:
+        return f"{model}, but with other settings"
+    return f"model {model}; this run has {spec.model or 'another one'}"

@@ -148,9 +148,17 @@ def _check_server(client: QdrantClient, url: str) -> None:
         client.get_collections()
     except client_errors() as error:
         fault = to_store_error(error, action="be opened", place=f"at {url}")
+        said = f"Qdrant at {url} could not be opened: "
+        if isinstance(error, ValueError):  # an answer that is no JSON: a web server, a proxy's page
+            raise StoreUnavailable(
+                f"What answers at {url} is not a Qdrant server ({error}). Check host and port of --qdrant or QDRANT_URL, "
+                "or unset it for the embedded Qdrant."
+            ) from error
         if isinstance(fault, StoreUnavailable):
             raise StoreUnavailable(
-                f"Qdrant at {url} does not answer: {fault} Start it, or unset QDRANT_URL for the embedded Qdrant.",
+                f"Qdrant at {url} does not answer: {str(fault).removeprefix(said)} Start it if it does not run, "
+                "check host and port, or unset QDRANT_URL (and leave out --qdrant) "
+                "for the embedded Qdrant.",
                 retry_after_s=fault.retry_after_s,
             ) from error
         raise fault from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 import subprocess
@@ -27,6 +28,7 @@ from tasks.errors import (
     SpoolError,
     StoreLocked,
     StoreMismatch,
+    StoreMissing,
     StoreUnavailable,
 )
 from tasks.records import (
@@ -166,6 +168,7 @@ def test_a_red_run_shows_its_books_and_exits_1() -> None:
         (SpoolError("torn"), 1),
         (StoreMismatch("another model"), 3),
         (StoreLocked("another process"), 3),
+        (StoreMissing("no collection"), 3),
         (SourceError("no such folder"), 3),
         (ModelError("no such model"), 3),
         (StoreUnavailable("timeout"), 4),
@@ -207,6 +210,22 @@ def test_wrong_usage_is_2(arguments: list[str], message: str) -> None:
     assert operations.calls == []
 
 
+@pytest.mark.parametrize("limit", ["0", "-1", "1001"])
+def test_a_limit_out_of_range_is_2_with_its_document(limit: str) -> None:
+    operations = Recorded([])
+    result = ballast("search", "q", "--limit", limit, "--json", operations=operations)
+    assert result.exit_code == 2
+    assert json.loads(result.stdout)["error"]["message"] == f"--limit {limit}: it can be 1 to 1000."
+    assert operations.calls == []
+
+
+def test_a_full_disk_is_no_bug() -> None:
+    full = OSError(errno.ENOSPC, "No space left on device", ".ballast/spool/x")
+    result = ballast("ingest", "docs", operations=Recorded(full))
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: No space left on device (.ballast/spool/x).")
+
+
 def test_a_bug_is_shown_whole() -> None:
     result = ballast("ingest", "docs", operations=Recorded(ZeroDivisionError("division by zero")))
     assert result.exit_code == 70
@@ -215,7 +234,9 @@ def test_a_bug_is_shown_whole() -> None:
 
 
 def test_ctrl_c_is_130() -> None:
-    assert ballast("ingest", "docs", operations=Recorded(KeyboardInterrupt())).exit_code == 130
+    result = ballast("ingest", "docs", "--json", operations=Recorded(KeyboardInterrupt()))
+    assert result.exit_code == 130
+    assert "run it again to go on" in json.loads(result.stdout)["error"]["message"]
 
 
 STUBBORN = """
@@ -276,6 +297,7 @@ def test_search_prints_hits_and_says_by_its_code_if_there_is_none() -> None:
     assert operations.calls == [{"question": "how to install", "model": "BAAI/bge-m3", "collection": "c", "limit": 3}]
     nothing = ballast("search", "how to install", "--json", operations=Recorded([]))
     assert (nothing.exit_code, json.loads(nothing.stdout)) == (1, [])
+    assert "Nothing found" in ballast("search", "how to install", operations=Recorded([])).stderr
 
 
 def test_calibrate_prints_the_fit_and_its_error() -> None:

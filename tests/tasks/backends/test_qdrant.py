@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import re
 import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,12 +154,27 @@ def test_refreshed_payloads_keep_their_vectors(store: QdrantStore) -> None:
 
 def test_another_fingerprint_or_dimension_is_refused(store: QdrantStore) -> None:
     prepare(store)
-    with pytest.raises(StoreMismatch, match=rf"{PRINT_A} \(model mini\); this run has {PRINT_B}.*another --collection"):
+    with pytest.raises(StoreMismatch, match=rf"another --collection.*{PRINT_A[:12]}, now {PRINT_B[:12]}"):
         store.check_collection("docs", dimension=DIMENSION, fingerprint=PRINT_B)
     with pytest.raises(StoreMismatch, match=r"dimension 8 \(model mini\); big gives 1024.*another --collection"):
         store.prepare_collection("docs", dimension=1024, fingerprint=PRINT_B, model="big")
     assert store.list_collections() == ["docs"]
     assert prepare(store, "docs2", fingerprint=PRINT_B) == f"docs2--{PRINT_B[:12]}"
+
+
+@pytest.mark.parametrize(
+    ("model", "revision", "message"),
+    [
+        ("mini", "1" * 64, "with this model .mini. but another chunking, precision, prompt"),
+        ("moved/mini", "1" * 64, "with this model .moved/mini. but another chunking"),
+        ("mini", "2" * 64, "with revision 111111111111 of mini; this run has 222222222222"),
+        ("big", "2" * 64, "with model mini; this run has big"),
+    ],
+)
+def test_a_refused_fingerprint_says_what_differs(store: QdrantStore, model: str, revision: str, message: str) -> None:
+    store.prepare_collection("docs", dimension=DIMENSION, fingerprint=PRINT_A, model="mini", revision="1" * 64)
+    with pytest.raises(StoreMismatch, match=message):
+        store.prepare_collection("docs", dimension=DIMENSION, fingerprint=PRINT_B, model=model, revision=revision)
 
 
 def test_a_physical_collection_is_not_a_name(store: QdrantStore) -> None:
@@ -558,6 +576,19 @@ def test_nothing_listening_says_what_to_do(tmp_path: Path) -> None:
         url = gone.url
     with pytest.raises(StoreUnavailable, match=rf"Qdrant at {url} does not answer.*unset QDRANT_URL"):
         open_store(QdrantSettings(url=url), str(tmp_path), environment={})
+
+
+def test_a_web_server_that_is_no_qdrant_is_told_apart(tmp_path: Path) -> None:
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    (tmp_path / "index.html").write_text("hello")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as web:
+        thread = threading.Thread(target=web.serve_forever)
+        thread.start()
+        with pytest.raises(StoreUnavailable, match="is not a Qdrant server") as caught:
+            open_store(QdrantSettings(url=f"http://127.0.0.1:{web.server_port}"), str(tmp_path), environment={})
+        web.shutdown()
+        thread.join()
+    assert "QDRANT_URL" in str(caught.value)
 
 
 def test_a_wrong_key_and_an_old_server_are_told_at_opening(server: LoopbackQdrant, tmp_path: Path) -> None:
