@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,15 +12,16 @@ from numpy.typing import NDArray
 from tasks.backends.model_files import resolve_model
 from tasks.backends.nvml import read_total_bytes
 from tasks.backends.sources import open_source
+from tasks.backends.tokenizer import export_tokenizer, name_export
 from tasks.config import IngestSettings
 from tasks.engine.chunk import count_workers, iter_chunked
-from tasks.engine.fingerprint import find_tokenizer, make_chunk_spec
+from tasks.engine.fingerprint import make_chunk_spec
 from tasks.engine.measure_device import GPU_BATCH_TOKENS
 from tasks.policy.catalog import compare_models, weights_bytes
 from tasks.policy.memory import MemoryModel, derive_prior
 from tasks.policy.micro_batches import MicroBatchPlan, plan_micro_batches, summarise_plan
 from tasks.policy.partitions import MIN_PARTITION_TOKENS, plan_partitions
-from tasks.records import PlanReport, Precision, Rejection
+from tasks.records import ModelFiles, PlanReport, Precision, Rejection
 
 T4_BYTES = 15 * 1024**3  # what a T4 has left of its 16 GB under ECC; the card this project is for
 CONTEXT_BYTES = 512 * 1024**2  # CUDA's own: context, kernels, libraries; 300-600 MiB on the cards at hand
@@ -33,19 +35,20 @@ def plan_source(settings: IngestSettings, gpu_memory_bytes: int | None = None) -
     total_bytes, whose = _find_memory(gpu_memory_bytes)
     files = resolve_model(settings.embedding.model, settings.embedding.revision)
     precision: Precision = "fp16" if settings.embedding.precision == "auto" else settings.embedding.precision
-    tokenizer_file = find_tokenizer(files, settings.data_folder)
     rejections: list[Rejection] = []
     documents = 0
 
     def read_lengths() -> Iterator[int]:
         nonlocal documents
-        spec = make_chunk_spec(settings, files, tokenizer_file)
-        for item in iter_chunked(iter(open_source(settings.source)), spec, count_workers(settings.chunking.workers)):
-            documents += 1
-            if isinstance(item, Rejection):
-                rejections.append(item)
-            else:
-                yield from (node.tokens for node in item.nodes)
+        source = open_source(settings.source)
+        with TemporaryDirectory(prefix="ballast-plan-") as scratch:
+            spec = make_chunk_spec(settings, files, _borrow_tokenizer(files, settings.data_folder, scratch))
+            for item in iter_chunked(iter(source), spec, count_workers(settings.chunking.workers)):
+                documents += 1
+                if isinstance(item, Rejection):
+                    rejections.append(item)
+                else:
+                    yield from (node.tokens for node in item.nodes)
 
     lengths = np.fromiter(read_lengths(), np.int64)
     model = derive_prior(files.shape, precision, "sdpa", "sdpa")
@@ -83,6 +86,12 @@ def plan_source(settings: IngestSettings, gpu_memory_bytes: int | None = None) -
         memory_model=f"closed-form prior, {precision}, for {whose}",
         models=compare_models(lengths, usable, precision, chosen=files.shape),
     )
+
+
+def _borrow_tokenizer(files: ModelFiles, data_folder: str, scratch: str) -> str:
+    """The tokenizer's file: an ingest's where there was one, else one of our own that goes when the plan is made."""
+    kept = name_export(files.revision, f"{data_folder}/tokenizers")
+    return str(kept) if kept.is_file() else export_tokenizer(files.path, files.revision, scratch)
 
 
 def _find_memory(gpu_memory_bytes: int | None) -> tuple[int, str]:

@@ -82,8 +82,7 @@ def export_tokenizer(model_path: str, revision: str, folder: str) -> str:
     differ from what the model's tokenizer.json says (XLM-R: line breaks and spaces at the ends). It takes torch to know:
     a process of its own pays for that, the first time.
     """
-    made_by = f"{revision} {version('transformers')} {version('tokenizers')}"
-    path = Path(folder) / f"{hashlib.sha256(made_by.encode()).hexdigest()[:32]}.json"
+    path = name_export(revision, folder)
     if not path.is_file():
         with spawn_pool(1) as pool:
             content = pool.submit(_build_tokenizer, model_path).result()
@@ -92,6 +91,12 @@ def export_tokenizer(model_path: str, revision: str, folder: str) -> str:
         unfinished.write_text(content, encoding="utf-8")
         unfinished.replace(path)
     return str(path)
+
+
+def name_export(revision: str, folder: str) -> Path:
+    """Where export_tokenizer() puts, or has put, the file."""
+    made_by = f"{revision} {version('transformers')} {version('tokenizers')}"
+    return Path(folder) / f"{hashlib.sha256(made_by.encode()).hexdigest()[:32]}.json"
 
 
 def _build_tokenizer(model_path: str) -> str:
