@@ -234,6 +234,15 @@ class QdrantStore:
         after = self.count(physical) + len(ids)
         if after > EMBEDDED_WARN_POINTS:
             after -= self.count_ids(physical, ids)
+        self.check_room(physical, after)
+
+    def check_room(self, physical: str, after: int) -> None:
+        """Raises StoreError where `after` points in all are more than an embedded Qdrant can bear; a server takes any.
+
+        Ask before points are embedded: upsert() only looks when their vectors are made.
+        """
+        if not self.is_embedded:
+            return
         if after > EMBEDDED_MAX_POINTS:
             raise StoreError(
                 f"{physical!r} would hold {after:,} points; the embedded Qdrant {self.calls.place} is for "

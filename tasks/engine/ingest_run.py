@@ -85,6 +85,7 @@ class IngestRun:
         self._devices_ready = threading.Event()
         self._exhausted = False
         self._points_counted = 0
+        self._points_to_come: int | None = None
         self._started = time.monotonic()
         self._stage_seconds: defaultdict[str, float] = defaultdict(float)
         progress = Progress(source.total_bytes())
@@ -132,6 +133,8 @@ class IngestRun:
         try:
             with self._timed("chunk"), self._source_lock:
                 partition = next(self._partitions, None)
+                if partition is not None:
+                    self._refuse_without_room(partition)
         except BaseException:
             self._end_of_source()
             raise
@@ -227,6 +230,13 @@ class IngestRun:
     def _refuse_if_stopped(self) -> None:
         if self._stop.is_set():
             raise RunStopped("The run was told to stop. Run it again: what is stored is not embedded twice.")
+
+    def _refuse_without_room(self, partition: Partition) -> None:
+        if self._points_to_come is None:
+            # Before the first partition nothing of this run is stored; its nodes are new, so they add up from here on.
+            self._points_to_come = self.store.count(self.physical)
+        self._points_to_come += partition.nodes
+        self.store.check_room(self.physical, self._points_to_come)
 
     def _need_devices(self) -> Devices:
         if self.devices is None:

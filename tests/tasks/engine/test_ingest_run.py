@@ -15,7 +15,7 @@ from tasks.backends.sources import Source
 from tasks.config import IngestSettings
 from tasks.engine.fingerprint import find_tokenizer, make_chunk_spec
 from tasks.engine.ingest_run import IngestRun
-from tasks.errors import RunStopped, SourceError
+from tasks.errors import RunStopped, SourceError, StoreError
 from tasks.observe import SilentObserver
 from tasks.records import Document, Rejection
 
@@ -88,3 +88,19 @@ def test_a_source_that_fails_midway_ends_the_run_with_its_reason_and_no_process(
         collections.deque(iter(run.spool_next_partition, None), maxlen=0)
     run.close()
     assert count_processes() == before
+
+
+def test_more_points_than_an_embedded_qdrant_bears_are_refused_before_they_are_embedded(
+    tmp_path: Path, minilm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.backends.qdrant.EMBEDDED_MAX_POINTS", 100)
+
+    def many() -> Iterator[Item]:
+        return (Document(f"{number}.txt", "The pilot boards before the breakwater.") for number in range(150))
+
+    run = open_run(tmp_path, minilm, many, partition={"max_tokens": 600, "max_nodes": 60})
+    first = run.spool_next_partition()
+    assert first is not None
+    with pytest.raises(StoreError, match=r"would hold .* points; .*100 at most.*docker run"):
+        collections.deque(iter(run.spool_next_partition, None), maxlen=0)
+    run.close()
