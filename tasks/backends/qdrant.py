@@ -88,12 +88,14 @@ class QdrantStore:
 
     # ------------------------------------------------------------------------------------------ collections
 
-    def check_collection(self, name: str, *, dimension: int, fingerprint: str, model: str = "") -> str:
+    def check_collection(
+        self, name: str, *, dimension: int, fingerprint: str, model: str = "", revision: str = ""
+    ) -> str:
         """The physical collection that `name` would be written to; changes nothing. Ask before loading a model.
 
         Raises StoreMismatch for a collection of another dimension or fingerprint, or one that is not ours.
         """
-        spec = CollectionSpec(name, dimension, fingerprint, model)
+        spec = CollectionSpec(name, dimension, fingerprint, model, revision)
         return self._find_physical(spec)[0]
 
     def prepare_collection(self, name: str, *, dimension: int, fingerprint: str, model: str, revision: str = "") -> str:

@@ -9,7 +9,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -38,15 +37,44 @@ Item = TypeVar("Item")
 NOTHING_TO_EMBED = "nothing new to embed: no model was loaded"
 
 
-@dataclass(frozen=True, slots=True)
-class _BoundCollection:
-    """The store's questions about nodes, bound to the run's collection."""
+class Collection:
+    """The collection a run writes to, made with its first points: a run that fails before leaves none that binds the next.
 
-    store: QdrantStore
-    physical: str
+    An empty collection would carry the fingerprint of settings that never worked, and refuse those that do.
+    """
+
+    def __init__(self, store: QdrantStore, name: str, files: ModelFiles, fingerprint: str) -> None:
+        """Raises StoreMismatch where `name` is of another dimension, fingerprint or owner."""
+        self.store = store
+        self.name = name
+        self._files = files
+        self._fingerprint = fingerprint
+        self._lock = threading.Lock()
+        self.physical = store.check_collection(
+            name, dimension=files.dimension, fingerprint=fingerprint, model=files.name, revision=files.revision
+        )
+        self._is_made = False
+        if {name, self.physical} & set(store.list_collections()):
+            self.make()  # there already: completed where an earlier run was killed while it made it
+
+    def make(self) -> None:
+        """Make it unless it is there; safe to call from several threads."""
+        with self._lock:
+            if not self._is_made:
+                self.store.prepare_collection(
+                    self.name,
+                    dimension=self._files.dimension,
+                    fingerprint=self._fingerprint,
+                    model=self._files.name,
+                    revision=self._files.revision,
+                )
+                self._is_made = True
+
+    def count(self) -> int:
+        return self.store.count(self.physical) if self._is_made else 0
 
     def existing_generations(self, ids: Sequence[str]) -> Mapping[str, str]:
-        return self.store.existing_generations(self.physical, ids)
+        return self.store.existing_generations(self.physical, ids) if self._is_made else {}
 
     def refresh_payloads(self, ids: Sequence[str], payloads: Sequence[Payload]) -> None:
         self.store.refresh_payloads(self.physical, ids, payloads)
@@ -60,19 +88,19 @@ class IngestRun:
         settings: IngestSettings,
         files: ModelFiles,
         source: Source,
-        store: QdrantStore,
-        physical: str,
+        collection: Collection,
         spec: ChunkSpec,
         observer: Observer,
     ) -> None:
         self.settings = settings
         self.files = files
         self.source = source
-        self.store = store
-        self.physical = physical
+        self.collection = collection
+        self.store = collection.store
+        self.physical = collection.physical
         self.fingerprint = spec.fingerprint
         self.observer = observer
-        self.spool = SpoolFolder(f"{settings.spool or f'{settings.data_folder}/spool'}/{physical}")
+        self.spool = SpoolFolder(f"{settings.spool or f'{settings.data_folder}/spool'}/{self.physical}")
         self.books = Ledgerbook()
         self.reports: dict[int, PartitionReport] = {}
         self.sampler = MemorySampler()
@@ -93,7 +121,7 @@ class IngestRun:
         # Documents are watched, not only nodes: a source with nothing new in it yields no node until its end.
         nodes = select_new_nodes(
             self._watch_for_stop(self._chunked),
-            _BoundCollection(store, physical),
+            collection,
             self.books,
             self._books_lock,
             progress,
@@ -189,6 +217,7 @@ class IngestRun:
             rows, vectors = embedded
             stored = [nodes[row] for row in rows]
             ids = [node.node_id for node in stored]
+            self.collection.make()
             self.store.upsert(self.physical, ids, vectors, [node.payload for node in stored])
             counted = self.store.count_ids(self.physical, ids)
         with self._books_lock:
@@ -234,7 +263,7 @@ class IngestRun:
     def _refuse_without_room(self, partition: Partition) -> None:
         if self._points_to_come is None:
             # Before the first partition nothing of this run is stored; its nodes are new, so they add up from here on.
-            self._points_to_come = self.store.count(self.physical)
+            self._points_to_come = self.collection.count()
         self._points_to_come += partition.nodes
         self.store.check_room(self.physical, self._points_to_come)
 
@@ -306,14 +335,8 @@ def open_run(settings: IngestSettings, environment: Mapping[str, str] | None = N
     observer.stage("collection", settings.qdrant.collection)
     store = open_store(settings.qdrant, settings.data_folder, environment=environment or os.environ)
     try:
-        physical = store.prepare_collection(
-            settings.qdrant.collection,
-            dimension=files.dimension,
-            fingerprint=spec.fingerprint,
-            model=files.name,
-            revision=files.revision,
-        )
-        run = IngestRun(settings, files, source, store, physical, spec, observer)
+        collection = Collection(store, settings.qdrant.collection, files, spec.fingerprint)
+        run = IngestRun(settings, files, source, collection, spec, observer)
         run.spool.clear()  # what a run of this collection left behind that did not end
     except BaseException:
         store.close()

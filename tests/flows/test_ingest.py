@@ -190,7 +190,7 @@ def test_another_chunking_is_refused_before_a_model_is_loaded(
         state, summary = run_flow(make_settings(settings.source.uri, data, minilm, chunking={"max_tokens": 64}))
         assert state.is_failed()
         assert summary is None
-        with pytest.raises(StoreMismatch, match="fingerprint"):
+        with pytest.raises(StoreMismatch, match="another chunking"):
             state.result()
         assert not (data / "memory-models").exists()  # a device that starts measures itself
     finally:

@@ -14,8 +14,8 @@ from tasks.backends.qdrant import open_store
 from tasks.backends.sources import Source
 from tasks.config import IngestSettings
 from tasks.engine.fingerprint import find_tokenizer, make_chunk_spec
-from tasks.engine.ingest_run import IngestRun
-from tasks.errors import RunStopped, SourceError, StoreError
+from tasks.engine.ingest_run import Collection, IngestRun
+from tasks.errors import RunStopped, SourceError, StoreError, StoreMismatch
 from tasks.observe import SilentObserver
 from tasks.records import Document, Rejection
 
@@ -46,10 +46,8 @@ def open_run(folder: Path, model: str, items: Callable[[], Iterator[Item]], **gr
     files = resolve_model(model)
     spec = make_chunk_spec(settings, files, find_tokenizer(files, settings.data_folder), "f" * 64)
     store = open_store(settings.qdrant, settings.data_folder, environment={})
-    physical = store.prepare_collection(
-        "port", dimension=files.dimension, fingerprint=spec.fingerprint, model=files.name
-    )
-    return IngestRun(settings, files, Items(items), store, physical, spec, SilentObserver())
+    collection = Collection(store, "port", files, spec.fingerprint)
+    return IngestRun(settings, files, Items(items), collection, spec, SilentObserver())
 
 
 def count_processes() -> int:
@@ -104,3 +102,23 @@ def test_more_points_than_an_embedded_qdrant_bears_are_refused_before_they_are_e
     with pytest.raises(StoreError, match=r"would hold .* points; .*100 at most.*docker run"):
         collections.deque(iter(run.spool_next_partition, None), maxlen=0)
     run.close()
+
+
+def test_a_run_that_stored_nothing_does_not_bind_the_next_to_its_settings(tmp_path: Path, minilm: str) -> None:
+    """The first try had a model too large for the card, say; the second a smaller one, under the same name."""
+
+    def document() -> Iterator[Item]:
+        yield Document("pilot.txt", "The pilot boards before the breakwater.")
+
+    first = open_run(tmp_path, minilm, document)
+    partition = first.spool_next_partition()
+    assert partition is not None
+    first.close()
+    store = open_store(first.settings.qdrant, str(tmp_path), environment={})
+    second = Collection(store, "port", first.files, "e" * 64)
+    assert second.existing_generations(["7d444840-9dc0-11d1-b245-5ffdce74fad2"]) == {}
+    second.make()
+    assert second.count() == 0
+    with pytest.raises(StoreMismatch):
+        Collection(store, "port", first.files, "d" * 64)
+    store.close()
