@@ -48,7 +48,7 @@ def measure_device(
 
 
 def calibrate_now(encoder: Encoder, budget: BudgetSettings, data_folder: str) -> Calibration:
-    """Probe the device, and keep what came of it."""
+    """Probe the device, and keep what came of it; a device without room for a probe is measured again next time."""
     info = encoder.describe()
     budget_bytes = compute_budget(
         encoder.read_memory(), margin_fraction=budget.margin_fraction, max_bytes=_to_int(budget.max_bytes)
@@ -56,7 +56,9 @@ def calibrate_now(encoder: Encoder, budget: BudgetSettings, data_folder: str) ->
     measured = calibrate(encoder, budget_bytes=budget_bytes, max_batch_tokens=find_batch_tokens(budget, info))
     report = measured.report
     stored = StoredFit(measured.fit.calibration, report.tokens_per_s, measured.launch_tokens)
-    save_fit(fits_folder(data_folder), info.key, stored)
+    # No probe where it counts: a neighbour had the device, or the budget was tiny. Kept, it would be the last word.
+    if measured.fit.is_fitted or info.device == "cpu":
+        save_fit(fits_folder(data_folder), info.key, stored)
     return measured
 
 
