@@ -30,8 +30,8 @@ class Ledgerbook:
     def plan_document(self, doc_id: str, nodes: int) -> None:
         if doc_id in self._entries or doc_id in self._rejections:
             self._duplicates.append(doc_id)
-            return
-        self._entries[doc_id] = _Entry(planned=nodes)
+        # Its nodes go their way all the same: without an entry to count them in, the run would end without its books.
+        self._entries.setdefault(doc_id, _Entry()).planned += nodes
 
     def reject(self, rejection: Rejection) -> None:
         if rejection.doc_id in self._entries or rejection.doc_id in self._rejections:

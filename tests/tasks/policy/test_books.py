@@ -88,3 +88,20 @@ def test_a_document_seen_twice_does_not_pass() -> None:
     book.nodes_gpu = 1
     _, off = book.close(points_counted=1)
     assert "document seen twice: a.md" in off
+
+
+@pytest.mark.parametrize("is_rejected_first", [True, False])
+def test_an_id_that_comes_twice_opens_the_books_and_counts_its_nodes(is_rejected_first: bool) -> None:
+    """`a.jsonl#1.txt` can be a row of a table and a file: both go by, and the run has to end with its books."""
+    book = Ledgerbook()
+    if is_rejected_first:
+        book.reject(Rejection("twice", "skipped", "read", "no text in it"))
+    else:
+        book.plan_document("twice", 1)
+        book.store_nodes(["twice"])
+    book.plan_document("twice", 2)
+    book.store_nodes(["twice", "twice"])
+    book.nodes_cpu = 2 if is_rejected_first else 3
+    books, off = book.close(points_counted=book.nodes_cpu)
+    assert books.nodes_planned == book.nodes_cpu
+    assert [line for line in off if line.startswith("document seen twice: twice")]
