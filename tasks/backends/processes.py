@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any
 
 
@@ -18,12 +19,27 @@ def spawn_pool(
     initargs: tuple[Any, ...] = (),
 ) -> ProcessPoolExecutor:
     """A pool whose processes start from nothing with `environment` set before any heavy import, and end with their parent."""
-    return ProcessPoolExecutor(
+    return _InterruptProofPool(
         max_workers=workers,
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_start_worker,
         initargs=(dict(environment or {}), initializer, initargs),
     )
+
+
+class _InterruptProofPool(ProcessPoolExecutor):
+    """Ctrl-C reaches every process of a terminal: workers leave it to their parent, from their first moment on.
+
+    An initializer comes too late for that: imports take seconds, and an interrupt in them ends in a traceback.
+    """
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        # Workers start in here, in this thread, and inherit what it blocks; other threads still get the signal.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return super().submit(fn, *args, **kwargs)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_worker(
