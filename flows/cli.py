@@ -40,6 +40,7 @@ BUG = 70  # EX_SOFTWARE of sysexits.h
 INTERRUPTED = 130
 
 MAX_HITS = 1000
+RUN_AGAIN = " What is stored stays; run it again to go on."
 # What a disk does to any program: no space, no quota, read-only, no permission, broken.
 DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO})
 
@@ -68,8 +69,9 @@ class ExitCodes:
     Ballast's own errors are one readable message, no traceback. Anything else is a bug and shown whole, with exit 70.
     """
 
-    def __init__(self, terminal: Terminal) -> None:
+    def __init__(self, terminal: Terminal, *, if_interrupted: str = "") -> None:
         self._terminal = terminal
+        self._if_interrupted = if_interrupted
 
     def __enter__(self) -> None:
         pass
@@ -86,7 +88,7 @@ class ExitCodes:
                 self._terminal.print_error(type(error).__name__, str(error))
                 raise typer.Exit(exit_code_of(error)) from None
             case KeyboardInterrupt():
-                self._terminal.print_error("Interrupted", "interrupted. What is stored stays; run it again to go on.")
+                self._terminal.print_error("Interrupted", f"interrupted.{self._if_interrupted}")
                 raise typer.Exit(INTERRUPTED) from None
             case OSError() if error.errno in DISK_ERRORS:
                 where = f" ({error.filename})" if error.filename else ""
@@ -215,7 +217,7 @@ def ingest(
     from tasks.settings import build_settings
 
     terminal = open_terminal(json=json, quiet=quiet)
-    with terminal.logging_from(log_level), ExitCodes(terminal):
+    with terminal.logging_from(log_level), ExitCodes(terminal, if_interrupted=RUN_AGAIN):
         settings = build_settings(
             config_file=config,
             overrides=overrides or (),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import sys
@@ -49,8 +50,9 @@ class Terminal:
     ) -> None:
         self.json = json
         self.quiet = quiet
-        self._stdout = stdout or sys.stdout
-        self._stderr = stderr or sys.stderr
+        # Both are None in a process that was started with them closed.
+        self._stdout = stdout or sys.stdout or io.StringIO()
+        self._stderr = stderr or sys.stderr or io.StringIO()
         self._out = Console(file=self._stdout, highlight=False)
         self._err = Console(file=self._stderr, highlight=False)
         self.is_rich = self._stdout.isatty() and not json

@@ -239,6 +239,11 @@ def test_ctrl_c_is_130() -> None:
     assert "run it again to go on" in json.loads(result.stdout)["error"]["message"]
 
 
+def test_a_closed_stdout_is_no_bug() -> None:
+    script = f"{sys.executable} -P -c 'from flows.cli import main; main()' search '' >&- 2>&-"
+    assert subprocess.run(["/bin/sh", "-c", script], timeout=60).returncode == 2
+
+
 STUBBORN = """
 import sys, time
 from flows.cli import app
