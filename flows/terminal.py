@@ -100,7 +100,7 @@ class Terminal:
             if not table.rows:
                 continue
             if self.is_rich:
-                self._out.print(to_rich(table))
+                self._out.print(to_rich(table, self._out.width))
                 if table.left_out:
                     self._out.print(f"... and {table.left_out:,} more, see --json", style="dim")
             else:
@@ -184,8 +184,8 @@ class ConsoleHandler(logging.Handler):
         self._console.print(Text(clean_text(self.format(record)), style=style), soft_wrap=True)
 
 
-def to_rich(table: Table) -> RichTable:
-    """A box; a single long row stands upright."""
+def to_rich(table: Table, width: int) -> RichTable:
+    """A box for a terminal `width` columns wide; a single long row stands upright."""
     rows = [[clean_text(cell) for cell in row] for row in format_rows(table)]
     if len(rows) == 1 and len(table.columns) > WIDEST_ROW:
         upright = RichTable(title=table.title, title_justify="left", box=box.SIMPLE, show_header=False)
@@ -194,10 +194,19 @@ def to_rich(table: Table) -> RichTable:
         for column, cell in zip(table.columns, rows[0], strict=True):
             upright.add_row(Text(column.label), Text(cell))
         return upright
+    labels = [column.label for column in table.columns]
+    needed = sum(2 + max(len(cell) for cell in column) for column in zip(labels, *rows, strict=True)) + len(labels)
+    is_tight = needed > width
     shown = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD)
     for column in table.columns:
         is_text = column.unit == "text"
-        shown.add_column(column.label, justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text)
+        # Where it is tight, a heading's words stand on lines of their own and the width is there for names.
+        shown.add_column(
+            column.label.replace(" ", "\n") if is_tight else column.label,
+            justify="left" if is_text else "right",
+            overflow="fold",
+            no_wrap=not is_text,
+        )
     for row in rows:
         shown.add_row(*(Text(cell) for cell in row))
     return shown

@@ -17,6 +17,7 @@ from tasks.config import IngestSettings
 from tasks.engine.chunk import count_workers, iter_chunked
 from tasks.engine.fingerprint import make_chunk_spec
 from tasks.engine.measure_device import GPU_BATCH_TOKENS
+from tasks.observe import current_observer
 from tasks.policy.catalog import compare_models, weights_bytes
 from tasks.policy.memory import MemoryModel, derive_prior
 from tasks.policy.micro_batches import MicroBatchPlan, plan_micro_batches, summarise_plan
@@ -37,6 +38,8 @@ def plan_source(settings: IngestSettings, gpu_memory_bytes: int | None = None) -
     precision: Precision = "fp16" if settings.embedding.precision == "auto" else settings.embedding.precision
     rejections: list[Rejection] = []
     documents = 0
+
+    current_observer.get().stage("read and chunk", settings.source.uri)
 
     def read_lengths() -> Iterator[int]:
         nonlocal documents

@@ -7,12 +7,24 @@ import json
 import logging
 import re
 import threading
+from dataclasses import replace
 
 import pytest
 
 from flows.terminal import Terminal
 from tasks.observe import current_observer, observing
-from tasks.records import Books, LadderStep, Partition, PartitionReport, Rejection, RunSummary, SearchHit
+from tasks.records import (
+    Books,
+    LadderStep,
+    ModelFit,
+    Partition,
+    PartitionReport,
+    PlanReport,
+    Rejection,
+    RunSummary,
+    SearchHit,
+)
+from tasks.report import tabulate_models
 
 ANSI = "\x1b["
 
@@ -27,6 +39,11 @@ SUMMARY = RunSummary(
     device_note="the first CUDA device", books=Books(3, 0, 1, 1, 1, 100, 98, 2, 0, 0, 100),
     rejections=[Rejection("a [b].md", "failed", "read", "torn"), Rejection("empty.md", "skipped", "read", "no text")],
     partitions=[REPORT], memory_series=[], tokens=20_000, seconds={"total": 4.0, "embed": 2.0},
+)  # fmt: skip
+PLAN = PlanReport(
+    model="m", documents=1, rejections=[], nodes=2, tokens=20, longest_tokens=12, partitions=1, micro_batches=1,
+    unmasked_token_fraction=1.0, padding_fraction=0.0, budget_bytes=2**33, weights_bytes=2**28,
+    predicted_peak_bytes=2**30, spilled_nodes=0, memory_model="closed-form prior", models=[],
 )  # fmt: skip
 HITS = [SearchHit(0.73, "guide.md", "id", "Install\x1b[31m it\nfirst.", 120, 140, {"page_label": "3"})]
 
@@ -54,6 +71,15 @@ def show_run(terminal: Terminal) -> None:
         run_story()
         assert observer.finished == (SUMMARY, ())
         terminal.print_summary(SUMMARY, ())
+
+
+def test_models_keep_their_names_on_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    models = [ModelFit("BAAI/bge-base-en-v1.5", 109_000_000, 2**28, True, 512, 12_345, 2_841, 7.66)] * 2
+    out = Tty()
+    terminal = Terminal(stdout=out, stderr=io.StringIO())
+    terminal.print_tables(tabulate_models(replace(PLAN, models=models)))
+    assert out.getvalue().count("BAAI/bge-base-en-v1.5") == 2
 
 
 def test_a_pipe_gets_plain_lines() -> None:
