@@ -203,6 +203,9 @@ def _parse_pdf(data: bytes, _settings: SourceSettings) -> Parsed:
     import pypdf
     from pypdf.errors import DependencyError, FileNotDecryptedError, PyPdfError
 
+    # It also logs what it raises, from a worker process, without the document's name; the rejection has both.
+    logging.getLogger("pypdf").setLevel(logging.CRITICAL)
+
     try:
         pdf = pypdf.PdfReader(io.BytesIO(data))
         if pdf.is_encrypted and not pdf.decrypt(""):

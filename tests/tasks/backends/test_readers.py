@@ -291,8 +291,9 @@ def test_an_encrypted_pdf_fails_unless_its_password_is_empty(tmp_path: Path, alg
 @pytest.mark.parametrize(
     "data", [b"not a pdf at all", b"%PDF-1.4\n%%EOF", make_pdf("page")[:200], b"%PDF-1.7\n" + b"\x00" * 500]
 )
-def test_a_damaged_pdf_fails(tmp_path: Path, data: bytes) -> None:
+def test_a_damaged_pdf_fails(tmp_path: Path, data: bytes, caplog: pytest.LogCaptureFixture) -> None:
     assert "damaged PDF" in rejection(read_bytes(tmp_path, "a.pdf", data)).reason
+    assert not caplog.records
 
 
 # ---------------------------------------------------------------------------------------------- docx
