@@ -19,7 +19,7 @@ def check_inputs(settings: IngestSettings) -> None:
     """
     check_data_folder(settings.data_folder)
     check_name(settings.qdrant.collection)
-    open_source(settings.source)
+    open_source(settings.source, leave_out=settings.own_folders)
     resolve_model(settings.embedding.model, settings.embedding.revision)
 
 

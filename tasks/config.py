@@ -159,6 +159,11 @@ class IngestSettings(Settings):
         None, description="Working folder for partitions and vectors; unset: `spool` in the data folder."
     )
 
+    @property
+    def own_folders(self) -> list[str]:
+        """What Ballast writes: never part of a source that contains it."""
+        return [self.data_folder, *([self.spool] if self.spool else [])]
+
     @model_validator(mode="before")
     @classmethod
     def _source_from_uri(cls, values: Any) -> Any:

@@ -43,7 +43,7 @@ def plan_source(settings: IngestSettings, gpu_memory_bytes: int | None = None) -
 
     def read_lengths() -> Iterator[int]:
         nonlocal documents
-        source = open_source(settings.source)
+        source = open_source(settings.source, leave_out=settings.own_folders)
         with TemporaryDirectory(prefix="ballast-plan-") as scratch:
             spec = make_chunk_spec(settings, files, _borrow_tokenizer(files, settings.data_folder, scratch))
             for item in iter_chunked(iter(source), spec, count_workers(settings.chunking.workers)):

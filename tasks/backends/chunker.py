@@ -130,7 +130,9 @@ class Chunker:
         room = self.limit - overhead
         drafts = []
         for chunk, ids in self._fit(self._split(text, room), prefix, room):
-            if len(ids) > overhead:  # control characters alone give no token: there is nothing to embed
+            # Control characters alone give no token: there is nothing to embed. As many ids as the prefix alone has can also
+            # mean that its last space and the text became one token: then the text itself has some.
+            if len(ids) > overhead or self._tokenizer.count(chunk):
                 drafts.append(_Draft(chunk, metadata, excluded, prefix + chunk, ids))
         return drafts
 

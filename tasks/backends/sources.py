@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
@@ -65,17 +65,21 @@ class Source:
                 yield entry
 
 
-def open_source(settings: SourceSettings) -> Source:
-    """List it. Raises SourceError: not there, not listable, nothing to read in it; ConfigError: format or encoding."""
+def open_source(settings: SourceSettings, *, leave_out: Collection[str] = ()) -> Source:
+    """List it. Raises SourceError: not there, not listable, nothing to read in it; ConfigError: format or encoding.
+
+    `leave_out`: local folders that are not part of the source wherever they lie, such as the run's own data folder.
+    """
     _check_settings(settings)
     if not settings.uri.strip():  # Path("") is the working folder: nobody's answer to an unset shell variable
         raise ConfigError("The source is empty. Give a file, a folder, a glob or a URL; . is the working folder.")
     name = hide_secrets(settings.uri)
     fs, path = connect(settings.uri)
+    left_out = frozenset(map(os.path.realpath, leave_out)) if is_local(fs) else frozenset()
     # A listing that was cached for the last run would hide what has been added since.
     fs.invalidate_cache()
     try:
-        entries = _list_entries(fs, path, settings)
+        entries = _list_entries(fs, path, settings, left_out)
     except ValueError as error:  # "**" as part of a name
         raise SourceError(f"The source {name} is not a glob: {error}") from error
     except io_errors() as error:
@@ -114,15 +118,15 @@ def _refuse_nothing_to_read(name: str, entries: list[FileRef | Rejection], setti
 # ---------------------------------------------------------------------------------------------- listing
 
 
-def _list_entries(fs: Any, path: str, settings: SourceSettings) -> list[FileRef | Rejection]:
+def _list_entries(fs: Any, path: str, settings: SourceSettings, left_out: frozenset[str]) -> list[FileRef | Rejection]:
     magic = "*[" if is_web(fs) else "*?["  # in a web address ? begins the query
     if any(sign in path for sign in magic) and not fs.exists(path):
         parts = path.split("/")
         fixed = next(place for place, part in enumerate(parts) if any(sign in part for sign in magic))
         root = "/".join(parts[:fixed]) or fs.root_marker
-        return list(_Listing(fs, root, settings, tuple(parts[fixed:])).walk())
+        return list(_Listing(fs, root, settings, left_out, tuple(parts[fixed:])).walk())
     info = fs.info(path)
-    listing = _Listing(fs, path, settings)
+    listing = _Listing(fs, path, settings, left_out)
     if info["type"] == "directory" or (is_web(fs) and path.endswith("/")):
         return list(listing.walk())
     name = path.rstrip("/").rsplit("/", 1)[-1]
@@ -136,6 +140,7 @@ class _Listing:
     fs: Any
     root: str
     settings: SourceSettings
+    left_out: frozenset[str]  # real paths
     pattern: tuple[str, ...] = ()
     listed: set[str] = field(default_factory=set)  # folders, by their real path where there are links
 
@@ -170,7 +175,7 @@ class _Listing:
                         yield self._reject(info["name"], "failed", _explain_broken_link(error))
                     continue
                 if kind["type"] == "directory":
-                    if self._is_reached(name):
+                    if self._is_reached(name) and os.path.realpath(info["name"]) not in self.left_out:
                         (links if kind.get("islink") else folders).append(info["name"])
                 elif matches(name):
                     yield self.to_entry(name, {**kind, "name": info["name"]})

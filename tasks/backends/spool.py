@@ -10,10 +10,12 @@ import contextlib
 import hashlib
 import io
 import json
+import logging
 import re
 import uuid
 import zipfile
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,8 @@ from tasks.records import Node, Partition, TokenIds, Vectors
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+logger = logging.getLogger(__name__)
 
 _OWN_FILES = re.compile(r"partition-\d{6}-[0-9a-f]{16}\.(parquet|npz)(\.[0-9a-f]{32}\.tmp)?")
 _ROW_GROUP = 1 << 30  # one row group a file: its token ids stay one array
@@ -138,11 +142,31 @@ class SpoolFolder:
                 f"{partition.path} can't be removed ({error}). Its points are stored: remove it by hand."
             ) from error
 
+    def list_embedded(self) -> list[Partition]:
+        """Partitions that have vectors: embedded by a run that ended before it stored them. Torn files are left out."""
+        import pyarrow as pa
+        import pyarrow.parquet
+
+        found = []
+        for path in self._list_own():
+            if not path.endswith(".parquet"):
+                continue
+            index = int(path.rsplit("/", 1)[-1].split("-")[1])
+            try:
+                with self._files.open(path, "rb") as stream:
+                    nodes = pyarrow.parquet.read_metadata(stream).num_rows
+                partition = Partition(index, path, nodes, 0, 0, 0.0)
+                partition = replace(partition, tokens=int(self.read_lengths(partition).sum()))
+                if self.read_vectors(partition) is not None:
+                    found.append(partition)
+            except (pa.ArrowException, OSError, SpoolError) as error:
+                logger.warning("spool file left out path=%s reason=%r: its nodes are embedded again", path, str(error))
+        return found
+
     def clear(self) -> int:
         """Remove the spool's own files, unfinished ones too, and no others; returns how many."""
         try:
-            self._files.invalidate_cache(self._folder)
-            names = [path for path in self._files.ls(self._folder, detail=False) if _is_own(path)]
+            names = self._list_own()
             for path in names:
                 self._files.rm_file(path)
         except FileNotFoundError:
@@ -152,6 +176,10 @@ class SpoolFolder:
                 f"The spool {self.url} can't be cleared ({error}). Remove its partition-* files by hand."
             ) from error
         return len(names)
+
+    def _list_own(self) -> list[str]:
+        self._files.invalidate_cache(self._folder)
+        return sorted(path for path in self._files.ls(self._folder, detail=False) if _is_own(path))
 
     def _read_table(self, partition: Partition, columns: list[str]) -> pa.Table:
         import pyarrow as pa

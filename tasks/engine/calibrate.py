@@ -13,19 +13,9 @@ from typing import cast
 import numpy as np
 
 from tasks.backends.encoder import Encoder
-from tasks.policy.memory import (
-    MAX_PROBE_TOKENS,
-    PROBE_DOUBT,
-    PROBE_FRACTION,
-    MemoryFit,
-    MemoryModel,
-    Probe,
-    ProbePlan,
-    choose_probes,
-    derive_prior,
-    fit_model,
-    start_fit,
-)
+from tasks.policy.memory import MemoryModel, derive_prior
+from tasks.policy.memory_fit import MemoryFit, fit_model, start_fit
+from tasks.policy.probes import MAX_PROBE_TOKENS, PROBE_DOUBT, PROBE_FRACTION, Probe, ProbePlan, choose_probes
 from tasks.records import BatchOutcome, CalibrationReport, EncoderInfo, MemorySample, Precision, TokenIds
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from tasks.engine.embed_nodes import UNWATCHED, Embedded, NodeEmbedder, Watch
+from tasks.engine.embed_nodes import NodeEmbedder
+from tasks.engine.embedded import UNWATCHED, Embedded, Watch
 from tasks.errors import DeviceError, ModelError
 from tasks.records import TokenIds
 

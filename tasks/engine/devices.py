@@ -14,7 +14,8 @@ import numpy as np
 from tasks.backends.process_encoder import EncoderSpec, ProcessEncoder
 from tasks.config import BudgetSettings, EmbeddingSettings, IngestSettings
 from tasks.engine.cpu_pool import CpuPool
-from tasks.engine.embed_nodes import Embedded, NodeEmbedder, Watch, start_embedding
+from tasks.engine.embed_nodes import NodeEmbedder
+from tasks.engine.embedded import Embedded, Watch, start_embedding
 from tasks.engine.measure_device import MeasuredDevice, measure_device, to_embed_settings
 from tasks.errors import ConfigError, DeviceError
 from tasks.observe import Observer

@@ -21,7 +21,7 @@ from tasks.backends.spool import SpoolFolder
 from tasks.config import IngestSettings
 from tasks.engine.chunk import ChunkSpec, count_workers, iter_chunked
 from tasks.engine.devices import Devices, start_devices
-from tasks.engine.embed_nodes import MISSING, ON_CPU, ON_DEVICE, Embedded
+from tasks.engine.embedded import MISSING, ON_CPU, ON_DEVICE, Embedded
 from tasks.engine.fill_partitions import Progress, fill_partitions, select_new_nodes
 from tasks.engine.fingerprint import compute_run_fingerprint, find_tokenizer, make_chunk_spec
 from tasks.errors import BooksDontClose, RunStopped, SpoolError
@@ -208,23 +208,39 @@ class IngestRun:
     def upsert_partition(self, partition: Partition) -> int:
         """Points into Qdrant, counted exactly; can be repeated. Returns how many are there."""
         with self._timed("upsert"):
-            nodes = self.spool.read_partition(partition)
-            embedded = self.spool.read_vectors(partition)
-            if embedded is None:
-                raise SpoolError(
-                    f"Partition {partition.index} has no vectors in the spool {self.spool.url}. Run again."
-                )
-            rows, vectors = embedded
-            stored = [nodes[row] for row in rows]
-            ids = [node.node_id for node in stored]
-            self.collection.make()
-            self.store.upsert(self.physical, ids, vectors, [node.payload for node in stored])
-            counted = self.store.count_ids(self.physical, ids)
+            stored = self._store_points(partition)
+            counted = self.store.count_ids(self.physical, [node.node_id for node in stored])
         with self._books_lock:
             self.books.store_nodes(node.doc_id for node in stored)
             self._points_counted += counted
         self.spool.remove_partition(partition)
         return counted
+
+    def store_leftovers(self) -> int:
+        """Store what an earlier run of this collection embedded and could not store; returns how many points.
+
+        Device work is never lost because Qdrant was away: this run finds these nodes stored. What was not embedded goes.
+        """
+        points = 0
+        for partition in self.spool.list_embedded():
+            with self._timed("upsert"):
+                points += len(self._store_points(partition))
+        self.spool.clear()
+        if points:
+            self.observer.note(f"{points} points stored that an earlier run had embedded and could not store")
+        return points
+
+    def _store_points(self, partition: Partition) -> list[Node]:
+        nodes = self.spool.read_partition(partition)
+        embedded = self.spool.read_vectors(partition)
+        if embedded is None:
+            raise SpoolError(f"Partition {partition.index} has no vectors in the spool {self.spool.url}. Run again.")
+        rows, vectors = embedded
+        stored = [nodes[row] for row in rows]
+        self.collection.make()
+        ids = [node.node_id for node in stored]
+        self.store.upsert(self.physical, ids, vectors, [node.payload for node in stored])
+        return stored
 
     def close_books(self) -> tuple[RunSummary, tuple[str, ...]]:
         """The run's summary, and every line of its books that is off."""
@@ -326,7 +342,7 @@ def open_run(settings: IngestSettings, environment: Mapping[str, str] | None = N
     """
     observer = current_observer.get()
     observer.stage("source", settings.source.uri)
-    source = open_source(settings.source)
+    source = open_source(settings.source, leave_out=settings.own_folders)
     observer.stage("model", settings.embedding.model)
     files = resolve_model(settings.embedding.model, settings.embedding.revision)
     tokenizer_file = find_tokenizer(files, settings.data_folder)
@@ -337,7 +353,7 @@ def open_run(settings: IngestSettings, environment: Mapping[str, str] | None = N
     try:
         collection = Collection(store, settings.qdrant.collection, files, spec.fingerprint)
         run = IngestRun(settings, files, source, collection, spec, observer)
-        run.spool.clear()  # what a run of this collection left behind that did not end
+        run.store_leftovers()
     except BaseException:
         store.close()
         raise

@@ -25,11 +25,12 @@ from tasks.backends.torch_encoder import TorchEncoder
 from tasks.backends.torch_model import check_prompt_pooling, copy_to_host, resolve_device
 from tasks.config import BudgetSettings
 from tasks.engine.calibrate import derive_encoder_prior
-from tasks.engine.embed_nodes import UNWATCHED, Embedded, NodeEmbedder, Watch
+from tasks.engine.embed_nodes import NodeEmbedder
+from tasks.engine.embedded import UNWATCHED, Embedded, Watch
 from tasks.engine.measure_device import to_embed_settings
 from tasks.errors import ConfigError, DeviceError
 from tasks.policy.failures import classify_failure
-from tasks.policy.memory import start_fit
+from tasks.policy.memory_fit import start_fit
 from tasks.policy.micro_batches import LAUNCH_TOKENS
 from tasks.records import TokenIds
 

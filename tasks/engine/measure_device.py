@@ -8,10 +8,10 @@ from tasks.backends.encoder import Encoder
 from tasks.backends.memory_store import StoredFit, load_fit, save_fit
 from tasks.config import BudgetSettings, EmbeddingSettings
 from tasks.engine.calibrate import Calibration, calibrate, derive_encoder_prior
-from tasks.engine.embed_nodes import EmbedSettings
+from tasks.engine.embedded import EmbedSettings
 from tasks.policy.budget import compute_budget
 from tasks.policy.ladder import LadderSettings
-from tasks.policy.memory import MemoryFit, start_fit
+from tasks.policy.memory_fit import MemoryFit, start_fit
 from tasks.policy.micro_batches import LAUNCH_TOKENS, MIN_TOKENS
 from tasks.records import EncoderInfo
 

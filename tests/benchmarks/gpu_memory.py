@@ -35,10 +35,12 @@ from tasks.backends.allocator import allocator_environment
 from tasks.backends.encoder import Encoder
 from tasks.backends.processes import spawn_pool
 from tasks.engine.calibrate import calibrate, derive_encoder_prior
-from tasks.engine.embed_nodes import Embedded, EmbedSettings, NodeEmbedder, Watch
+from tasks.engine.embed_nodes import NodeEmbedder
+from tasks.engine.embedded import Embedded, EmbedSettings, Watch
 from tasks.errors import DeviceError
 from tasks.policy.budget import compute_budget
-from tasks.policy.memory import MemoryModel, start_fit
+from tasks.policy.memory import MemoryModel
+from tasks.policy.memory_fit import start_fit
 from tasks.records import MemorySample
 
 MARGIN = 0.06

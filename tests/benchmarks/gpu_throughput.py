@@ -26,7 +26,8 @@ from random_encoder import (
 )
 
 from tasks.engine.calibrate import calibrate
-from tasks.engine.embed_nodes import EmbedSettings, NodeEmbedder
+from tasks.engine.embed_nodes import NodeEmbedder
+from tasks.engine.embedded import EmbedSettings
 from tasks.policy.budget import compute_budget
 
 MAX_BATCH_TOKENS = 32_768  # EmbeddingSettings' default on CUDA

@@ -23,8 +23,10 @@ from tasks.backends.fake_encoder import FakeEncoder
 from tasks.config import IngestSettings
 from tasks.engine import ingest_run
 from tasks.engine.devices import Devices, make_pool
-from tasks.engine.embed_nodes import EmbedSettings, NodeEmbedder
-from tasks.policy.memory import MemoryModel, start_fit
+from tasks.engine.embed_nodes import NodeEmbedder
+from tasks.engine.embedded import EmbedSettings
+from tasks.policy.memory import MemoryModel
+from tasks.policy.memory_fit import start_fit
 from tasks.records import BatchOutcome, TokenIds
 
 TOKENS_PER_S = 5_000.0

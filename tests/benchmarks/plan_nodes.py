@@ -12,7 +12,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.policy.memory import MemoryModel, derive_prior, fit_model, refine_fit, start_fit
+from tasks.policy.memory import MemoryModel, derive_prior
+from tasks.policy.memory_fit import fit_model, refine_fit, start_fit
 from tasks.policy.micro_batches import plan_micro_batches, summarise_plan
 from tasks.policy.partitions import plan_partitions
 from tasks.records import MemorySample, ModelShape

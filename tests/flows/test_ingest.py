@@ -212,8 +212,10 @@ def test_a_step_down_shows_on_the_runs_page(tmp_path: Path, minilm: str, monkeyp
     """One GPU double for the faults; the pool that takes what it spills is the real one."""
     from tasks.engine import ingest_run
     from tasks.engine.devices import Devices, make_pool
-    from tasks.engine.embed_nodes import EmbedSettings, NodeEmbedder
-    from tasks.policy.memory import MemoryModel, start_fit
+    from tasks.engine.embed_nodes import NodeEmbedder
+    from tasks.engine.embedded import EmbedSettings
+    from tasks.policy.memory import MemoryModel
+    from tasks.policy.memory_fit import start_fit
 
     gpu = FakeEncoder(total_bytes=2 * GIB, dimension=384, max_tokens=256, c0=0.0, c1=5.0 * 1024**2, oom_calls={1})
 

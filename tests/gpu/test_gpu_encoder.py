@@ -10,8 +10,9 @@ from random_encoder import RandomEncoder, run_apart
 from tasks.backends.allocator import allocator_environment
 from tasks.backends.process_encoder import ProcessEncoder
 from tasks.engine.calibrate import derive_encoder_prior
-from tasks.engine.embed_nodes import EmbedSettings, NodeEmbedder
-from tasks.policy.memory import start_fit
+from tasks.engine.embed_nodes import NodeEmbedder
+from tasks.engine.embedded import EmbedSettings
+from tasks.policy.memory_fit import start_fit
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 

@@ -140,6 +140,7 @@ texts = st.lists(fragments | st.text(st.characters(codec="utf-8"), max_size=40),
 @pytest.mark.parametrize("family", ["minilm", "unigram", "bytes"])
 @given(text=texts, limit=st.integers(48, 200), overlap=st.integers(0, 64), title=st.none() | st.text(max_size=60))
 @example(text="a a " * 300, limit=48, overlap=20, title=None)
+@example(text="0", limit=48, overlap=0, title=None)  # one token with the prompt's last space
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_text_is_covered_within_any_limit(
     family: str, text: str, limit: int, overlap: int, title: str | None, tokenizers: dict[str, NodeTokenizer]

@@ -36,7 +36,10 @@ def test_every_sample_is_read_but_the_empty_one() -> None:
 def test_the_binary_samples_are_what_the_script_makes(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
     subprocess.run(
-        [sys.executable, str(SAMPLES.parent / "make_samples.py"), str(tmp_path)], check=True, env=environment, timeout=120
+        [sys.executable, str(SAMPLES.parent / "make_samples.py"), str(tmp_path)],
+        check=True,
+        env=environment,
+        timeout=120,
     )
     made = read_all(tmp_path)
     committed = read_all(SAMPLES)

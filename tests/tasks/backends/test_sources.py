@@ -108,6 +108,12 @@ def test_hidden_and_lock_files_are_not_listed_unless_named(tmp_path: Path) -> No
     assert list(listing(f"{tmp_path}/.git/*.md")) == ["b.md"]
 
 
+def test_the_runs_own_data_folder_is_no_part_of_the_source(tmp_path: Path) -> None:
+    write(tmp_path, "a.md", "data/spool/b.md", "other/data/c.md")
+    source = open_source(SourceSettings(uri=str(tmp_path)), leave_out=[str(tmp_path / "data")])
+    assert [item.doc_id for item in source] == ["a.md", "other/data/c.md"]
+
+
 # ---------------------------------------------------------------------------------------------- formats
 
 

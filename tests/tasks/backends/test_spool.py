@@ -219,3 +219,15 @@ def test_a_record_with_another_count_is_refused(spool: SpoolFolder) -> None:
     claimed = Partition(index=0, path=real.path, nodes=3, tokens=6, longest_tokens=2, source_fraction=1.0)
     with pytest.raises(SpoolError, match="2 nodes instead of 3"):
         spool.read_partition(claimed)
+
+
+def test_embedded_partitions_of_an_earlier_run_are_found_whole_and_torn_ones_left_out(spool: SpoolFolder) -> None:
+    embedded = spool.write_partition(0, [make_node(1, 5), make_node(2, 9)], 0.5)
+    spool.write_vectors(embedded, np.array([1]), np.ones((1, 4), np.float32))
+    spool.write_partition(1, [make_node(3, 5)], 0.7)  # never embedded
+    torn = spool.write_partition(2, [make_node(4, 5)], 1.0)
+    spool.write_vectors(torn, np.array([0]), np.ones((1, 4), np.float32))
+    write_bytes(spool, torn.path, read_bytes(spool, torn.path)[:-20])
+    (found,) = SpoolFolder(spool.url).list_embedded()
+    assert (found.index, found.path, found.nodes, found.tokens) == (0, embedded.path, 2, 14)
+    assert [node.node_id for node in spool.read_partition(found)] == [make_node(2, 9).node_id, make_node(1, 5).node_id]

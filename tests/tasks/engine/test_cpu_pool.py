@@ -9,11 +9,13 @@ import pytest
 from tasks.backends.fake_encoder import FakeEncoder, to_unit_vector
 from tasks.engine.cpu_pool import CpuPool
 from tasks.engine.devices import Devices
-from tasks.engine.embed_nodes import EmbedSettings, NodeEmbedder
+from tasks.engine.embed_nodes import NodeEmbedder
+from tasks.engine.embedded import EmbedSettings
 from tasks.engine.measure_device import MeasuredDevice
 from tasks.errors import DeviceError, ModelError, RunStopped
 from tasks.observe import SilentObserver
-from tasks.policy.memory import MemoryModel, start_fit
+from tasks.policy.memory import MemoryModel
+from tasks.policy.memory_fit import start_fit
 from tasks.records import TokenIds
 
 FIT = start_fit(MemoryModel(0.0, 64 * 1024, 0.0, 0.0, 64 * 1024, 64 * 1024, 64.0, 0.0))

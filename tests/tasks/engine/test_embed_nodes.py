@@ -10,19 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.backends.fake_encoder import GIB, FakeEncoder, Neighbour, hash_row, to_unit_vector
-from tasks.engine.embed_nodes import (
-    MISSING,
-    ON_CPU,
-    ON_DEVICE,
-    UNWATCHED,
-    Embedded,
-    EmbedSettings,
-    NodeEmbedder,
-    Watch,
-)
+from tasks.engine.embed_nodes import NodeEmbedder
+from tasks.engine.embedded import MISSING, ON_CPU, ON_DEVICE, UNWATCHED, Embedded, EmbedSettings, Watch
 from tasks.errors import DeviceError
 from tasks.policy.ladder import LadderSettings
-from tasks.policy.memory import MemoryModel, start_fit
+from tasks.policy.memory import MemoryModel
+from tasks.policy.memory_fit import start_fit
 from tasks.records import LadderStep, TokenIds
 
 MIB = 1024**2

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tasks.backends.model_files import resolve_model
@@ -122,3 +123,29 @@ def test_a_run_that_stored_nothing_does_not_bind_the_next_to_its_settings(tmp_pa
     with pytest.raises(StoreMismatch):
         Collection(store, "port", first.files, "d" * 64)
     store.close()
+
+
+def test_what_an_earlier_run_embedded_and_could_not_store_is_stored_and_not_embedded_again(
+    tmp_path: Path, minilm: str
+) -> None:
+    def documents() -> Iterator[Item]:
+        yield from (Document(f"{number}.txt", f"Ship {number} waits for the tide. " * 40) for number in range(20))
+
+    first = open_run(tmp_path, minilm, documents)
+    partition = first.spool_next_partition()
+    assert partition is not None
+    vectors = np.zeros((partition.nodes, 384), np.float32)
+    vectors[:, 7] = 1.0
+    first.spool.write_vectors(partition, np.arange(partition.nodes), vectors)
+    first.close()  # before anything was stored: Qdrant was away
+
+    second = open_run(tmp_path, minilm, documents)
+    assert second.store_leftovers() == partition.nodes
+    assert second.spool.list_embedded() == []
+    planned = 0
+    while (following := second.spool_next_partition()) is not None:
+        planned += following.nodes
+    (books, _) = second.books.close(0)
+    second.close()
+    assert books.nodes_reused == partition.nodes
+    assert books.nodes_planned == partition.nodes + planned

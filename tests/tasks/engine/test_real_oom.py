@@ -12,10 +12,11 @@ import pytest
 from tasks.backends.process_encoder import EncoderSpec, ProcessEncoder
 from tasks.engine.calibrate import derive_encoder_prior
 from tasks.engine.cpu_pool import CpuPool
-from tasks.engine.embed_nodes import ON_CPU, ON_DEVICE, EmbedSettings, NodeEmbedder
+from tasks.engine.embed_nodes import NodeEmbedder
+from tasks.engine.embedded import ON_CPU, ON_DEVICE, EmbedSettings
 from tasks.engine.measure_device import MeasuredDevice
 from tasks.policy.failures import classify_failure
-from tasks.policy.memory import start_fit
+from tasks.policy.memory_fit import start_fit
 from tasks.records import BatchOutcome, DeviceMemory, EncoderInfo, TokenIds, Vectors
 
 MIB = 1024**2

@@ -7,15 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.policy.memory import (
-    RECENT,
-    MemoryModel,
-    choose_probes,
-    derive_prior,
-    fit_model,
-    refine_fit,
-    start_fit,
-)
+from tasks.policy.memory import MemoryModel, derive_prior
+from tasks.policy.memory_fit import RECENT, fit_model, refine_fit, start_fit
+from tasks.policy.probes import choose_probes
 from tasks.records import Attention, MemorySample, ModelShape, Precision
 
 BGE_M3 = ModelShape(24, 1024, 16, 4096, 250_002, 8194)
