@@ -104,7 +104,7 @@ class BudgetSettings(Settings):
     )
     grow_after: Positive = Field(8, description="Micro-batches without trouble before the budget grows back a step.")
     max_micro_batch_tokens: Positive | None = Field(
-        None, description="Tokens of a micro-batch at most; unset: 32768 on CUDA, 4096 on a CPU."
+        None, description="Tokens of a micro-batch at most; unset: 32768 on CUDA, 2048 on a CPU."
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks.backends.allocator import check_allocator_settings
-from tasks.backends.device_memory import read_cuda_memory, read_host_memory, read_processor_name
+from tasks.backends.device_memory import HeapTrimmer, read_cuda_memory, read_host_memory, read_processor_name
 from tasks.backends.torch_model import (
     copy_to_host,
     count_weights_bytes,
@@ -67,6 +67,7 @@ class TorchEncoder:
         self._revision = revision
         self._threads = threads
         self._profiles_memory = profiles_memory
+        self._trimmer: HeapTrimmer | None = None
         self._given: Any = None
         self._model: Any = None
         self._reference: Any = None
@@ -169,6 +170,8 @@ class TorchEncoder:
             vectors, peak_bytes = self._forward_profiled(token_ids)
         elif self._device == "cpu":
             vectors = self._forward(self._model, "cpu", token_ids)
+            if self._trimmer is not None:
+                self._trimmer.trim_if_grown()
         else:
             vectors, peak_bytes, reserved_peak_bytes = self._forward_measured(token_ids)
         bad = np.flatnonzero(~is_unit(vectors))
@@ -297,7 +300,9 @@ class TorchEncoder:
         self._device = device
         self._pad_id = read_pad_id(self._model)
         self._info = self._read_info(device, precision)
-        if device != "cpu":
+        if device == "cpu":
+            self._trimmer = HeapTrimmer()
+        else:
             check_allocator_settings()
 
     def _read_info(self, device: str, precision: Precision) -> EncoderInfo:

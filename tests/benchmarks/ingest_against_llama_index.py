@@ -51,12 +51,12 @@ class Result:
         return self.tokens_embedded / (self.wall_s - self.start_s)
 
 
-def write_corpus(folder: Path, documents: int, seed: int = 7) -> None:
-    """Texts of log-normal length (median 180 words, at most 4,000) of sentences from the sample corpus."""
+def write_corpus(folder: Path, documents: int, median_words: int, seed: int = 7) -> None:
+    """Texts of log-normal length (at most 4,000 words) of sentences from the sample corpus."""
     rng = np.random.default_rng(seed)
     texts = [path.read_text(encoding="utf-8") for path in sorted(SAMPLES.rglob("*")) if path.suffix in (".md", ".txt")]
     sentences = [part.strip() + "." for text in texts for part in text.replace("\n", " ").split(".") if len(part) > 20]
-    for number, words in enumerate(rng.lognormal(np.log(180), 1.0, documents).clip(20, 4000)):
+    for number, words in enumerate(rng.lognormal(np.log(median_words), 1.0, documents).clip(8, 4000)):
         parts: list[str] = [f"Document {number}."]
         while sum(len(part.split()) for part in parts) < words:
             parts.append(sentences[int(rng.integers(len(sentences)))])
@@ -219,6 +219,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, help="a folder of documents; unset: a corpus of varied lengths is made")
     parser.add_argument("--documents", type=int, default=1000)
+    parser.add_argument(
+        "--median-words", type=int, default=60, help="of the documents' lengths: 60 as tickets and FAQs have"
+    )
     parser.add_argument("--tiny", action="store_true", help="a tiny model: compare memory at a size")
     parser.add_argument("--model", help=argparse.SUPPRESS)
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
@@ -236,7 +239,7 @@ def main() -> None:
             if source is None:
                 source = Path(scratch) / "corpus"
                 source.mkdir()
-                write_corpus(source, given.documents)
+                write_corpus(source, given.documents, given.median_words)
             model = make_tiny_model(Path(scratch)) if given.tiny else find_model()
             results = []
             for number, contender in enumerate(CONTENDERS):

@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from tasks.backends.device_memory import (
+    HeapTrimmer,
     read_cgroup_limits,
     read_host_memory,
     read_process_size,
@@ -121,3 +122,16 @@ def test_process_size_and_processor_name_are_told() -> None:
     virtual_bytes, resident_bytes = read_process_size()
     assert virtual_bytes >= resident_bytes > 0
     assert read_processor_name()
+
+
+def test_a_heap_full_of_holes_is_given_back_when_it_has_grown() -> None:
+    trimmer = HeapTrimmer(slack_bytes=100 * 1024**2)
+    assert not trimmer.trim_if_grown()
+    blocks = [bytearray(b"x" * 100_000) for _ in range(3000)]
+    kept = blocks[::50]
+    del blocks
+    before = read_process_size()[1]
+    assert trimmer.trim_if_grown()
+    assert read_process_size()[1] < before - 150 * 1024**2
+    assert not trimmer.trim_if_grown()
+    assert len(kept) == 60
