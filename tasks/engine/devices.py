@@ -104,20 +104,22 @@ class Devices:
         if changed and len(self.budget_series) < MAX_MARKS:
             self.budget_series.append(BudgetMark(time.monotonic() - self._started, budget_bytes, nodes))
 
+    def _watch(self, partition_index: int, nodes: int) -> Watch:
+        progress = _Progress(self.observer, self._mark_budget, partition_index, nodes, self.device)
+        return Watch(progress, lambda step: self.observer.ladder_step(partition_index, step))
+
     def embed(self, token_ids: Sequence[TokenIds], partition_index: int) -> Embedded:
         """On the GPU, what it can't place goes to the pool; one caller at a time."""
         if self.embedder is None:
             raise DeviceError("There is no GPU to embed on: use spread_over_pool().")
-        progress = _Progress(self.observer, self._mark_budget, partition_index, len(token_ids), self.device)
-        watch = Watch(progress, lambda step: self.observer.ladder_step(partition_index, step))
+        watch = self._watch(partition_index, len(token_ids))
         with self._lock:
             return self.embedder.embed(token_ids, watch)
 
     def spread_over_pool(self, token_ids: Sequence[TokenIds], partition_index: int, dimension: int) -> Embedded:
         """A share for each worker of the pool, long and short nodes alike in each; collect_spilled() waits for them."""
         embedded = start_embedding(token_ids, dimension, "cpu")
-        progress = _Progress(self.observer, self._mark_budget, partition_index, len(token_ids), "cpu")
-        watch = Watch(progress, lambda step: self.observer.ladder_step(partition_index, step))
+        watch = self._watch(partition_index, len(token_ids))
         for first in range(min(self.pool.workers, len(token_ids))):
             rows = np.arange(first, len(token_ids), self.pool.workers)
             share = token_ids[first :: self.pool.workers]

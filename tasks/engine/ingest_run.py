@@ -245,8 +245,7 @@ class IngestRun:
     def close_books(self) -> tuple[RunSummary, tuple[str, ...]]:
         """The run's summary, and every line of its books that is off."""
         with self._books_lock:
-            reused = self.books.close(0)[0].nodes_reused
-            books, off = self.books.close(self._points_counted + reused)
+            books, off = self.books.close(self._points_counted + self.books.nodes_reused)
         self._stage_seconds["total"] = time.monotonic() - self._started
         return self._summarise(books), off
 

@@ -55,6 +55,10 @@ class Ledgerbook:
             self._entries[doc_id].failed += 1
             self._rejections.setdefault(doc_id, Rejection(doc_id, "failed", "embed", reason))
 
+    @property
+    def nodes_reused(self) -> int:
+        return sum(entry.reused for entry in self._entries.values())
+
     def rejections(self) -> tuple[Rejection, ...]:
         return tuple(self._rejections.values())
 
@@ -84,7 +88,7 @@ class Ledgerbook:
             nodes_planned=sum(e.planned for e in entries),
             nodes_gpu=self.nodes_gpu,
             nodes_cpu=self.nodes_cpu,
-            nodes_reused=sum(e.reused for e in entries),
+            nodes_reused=self.nodes_reused,
             nodes_failed=sum(e.failed for e in entries),
             points_counted=points_counted,
         )
