@@ -12,7 +12,7 @@ from tasks.policy.identity import compute_fingerprint
 from tasks.records import ModelFiles
 
 # Their versions decide the text of a document or where it is cut. A new version of any other package changes no vector.
-PARSERS = ("llama-index-core", "llama-index-readers-file", "pypdf", "docx2txt", "beautifulsoup4", "tokenizers")
+PARSERS = ("llama-index-core", "tokenizers", "pypdf", "docx2txt", "beautifulsoup4", "lxml", "markdownify")
 
 
 def find_tokenizer(files: ModelFiles, data_folder: str) -> str:
