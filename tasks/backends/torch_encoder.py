@@ -7,7 +7,9 @@ import logging
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -68,6 +70,7 @@ class TorchEncoder:
         self._threads = threads
         self._profiles_memory = profiles_memory
         self._trimmer: HeapTrimmer | None = None
+        self._lanes: ThreadPoolExecutor | None = None
         self._given: Any = None
         self._model: Any = None
         self._reference: Any = None
@@ -156,6 +159,8 @@ class TorchEncoder:
     def close(self) -> None:
         """Free the model and the device memory it took."""
         self._closed = True
+        if self._lanes is not None:
+            self._lanes.shutdown()
         self._given = self._model = self._reference = None
         self.release_memory()
 
@@ -169,7 +174,7 @@ class TorchEncoder:
         if self._device == "cpu" and self._profiles_memory:
             vectors, peak_bytes = self._forward_profiled(token_ids)
         elif self._device == "cpu":
-            vectors = self._forward(self._model, "cpu", token_ids)
+            vectors = self._forward_in_lanes(token_ids)
             if self._trimmer is not None:
                 self._trimmer.trim_if_grown()
         else:
@@ -210,6 +215,27 @@ class TorchEncoder:
         events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
         in_time = sorted(events, key=lambda event: event.start_ns())
         return vectors, int(np.cumsum([event.nbytes() for event in in_time]).max(initial=0))
+
+    def _forward_in_lanes(self, token_ids: Sequence[TokenIds]) -> Vectors:
+        """The rows shared out among threads that compute alone, where there is a row for each.
+
+        A small model's operators are too short to be shared out one by one: 1.09 to 1.16 times the tokens/s of MiniLM on
+        two cores. The peak is that of the whole batch: the parts together hold what it would hold. A caller's own model is
+        left in one thread: its hooks may not be made for two.
+        """
+        import torch
+
+        count = self._threads or 1
+        if not self._model_path or count < 2 or len(token_ids) < count:
+            return self._forward(self._model, "cpu", token_ids)
+        if self._lanes is None:
+            # In torch the number of threads is each calling thread's own.
+            self._lanes = ThreadPoolExecutor(count, "lane", initializer=torch.set_num_threads, initargs=(1,))
+        bounds = np.linspace(0, len(token_ids), count + 1).astype(int)
+        parts = [token_ids[start:end] for start, end in pairwise(bounds)]
+        futures = [self._lanes.submit(self._forward, self._model, "cpu", part) for part in parts]
+        wait(futures)  # all of them, a failed one too: what comes after an OOM finds the memory free
+        return np.concatenate([future.result() for future in futures])
 
     def _forward(self, model: Any, device: str, token_ids: Sequence[TokenIds]) -> Vectors:
         """Unit vectors, shape (nodes, dimension); a row that overflowed comes out as NaN."""
@@ -270,7 +296,9 @@ class TorchEncoder:
     def _load(self) -> None:
         import torch
 
-        if self._threads is not None:
+        if self._threads is None:
+            self._threads = torch.get_num_threads()
+        else:
             torch.set_num_threads(self._threads)
         device = resolve_device(self._asked_device)
         precision = resolve_precision(self._asked_precision, device)

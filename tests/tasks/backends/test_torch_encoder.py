@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -255,3 +256,19 @@ def test_a_cpu_tells_its_peaks_to_a_prober_that_asks_for_them(minilm: str) -> No
     assert peaks[2] == pytest.approx(8 * 64 * (3 * 384 + 2 * 1536) * 4, rel=0.1)
     assert peaks[0] < peaks[1] < peaks[2]
     encoder.close()
+
+
+@pytest.mark.parametrize("tokens", [(9,), (9, 4), (30, 30, 7, 5, 1), (64,) * 9])
+def test_rows_shared_out_among_threads_have_the_vectors_of_one_thread(minilm: str, tokens: tuple[int, ...]) -> None:
+    alone, shared = (
+        TorchEncoder(minilm, device="cpu", classify=classify_failure, threads=threads) for threads in (1, 3)
+    )
+    try:
+        expected, got = alone.encode(rows_of(*tokens)).vectors, shared.encode(rows_of(*tokens)).vectors
+        assert expected is not None
+        assert got is not None
+        np.testing.assert_allclose(got, expected, atol=1e-5)
+    finally:
+        alone.close()
+        shared.close()
+        torch.set_num_threads(os.cpu_count() or 1)
