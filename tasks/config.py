@@ -21,6 +21,14 @@ class SourceSettings(Settings):
     """Where the documents are."""
 
     uri: str = Field(description="A file, a folder, a glob, or an fsspec URL (s3://..., memory://...).")
+    name: str | None = Field(
+        None,
+        description="What tells this source's documents from those of other sources in the collection; unset: the URI, made "
+        "absolute. Name a source that moves (a fresh clone each time), or its documents are new ones after each move.",
+    )
+    max_attempts: Positive = Field(
+        3, description="Runs that try a failing document; then it is parked until its content changes."
+    )
     formats: tuple[str, ...] = Field(
         default=("md", "txt", "html", "pdf", "docx", "csv", "jsonl", "parquet"),
         description="File formats to read, by extension; others are reported as skipped.",
@@ -126,6 +134,19 @@ class PartitionSettings(Settings):
     )
 
 
+class DeleteSettings(Settings):
+    """What becomes of the points of documents that have left the source."""
+
+    propagate: bool = Field(True, description="Delete them; off: they stay, and count as withheld.")
+    max_documents: Annotated[int, Field(ge=0)] = Field(
+        10, description="A run that would delete more documents than this, and more than max_fraction, deletes none."
+    )
+    max_fraction: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.1, description="Share of the source's known documents; see max_documents."
+    )
+    confirmed: bool = Field(False, description="Delete whatever has left the source, however much: --confirm-deletes.")
+
+
 class QdrantSettings(Settings):
     """Where the points go. The API key comes from QDRANT_API_KEY only, never from a parameter."""
 
@@ -138,6 +159,22 @@ class QdrantSettings(Settings):
         ByteSize(8 * 1024**2), description="Bytes of one upsert at most; Qdrant refuses 32 MiB."
     )
     timeout_s: Positive = Field(60, description="One request; the client's default of 5 s fails under load.")
+    transport: Literal["auto", "grpc", "rest"] = Field(
+        "auto", description="auto: gRPC where the server answers on grpc_port, else REST."
+    )
+    grpc_port: Annotated[int, Field(gt=0, le=65_535)] = Field(6334, description="The server's gRPC port.")
+    outage_s: Annotated[float, Field(ge=0)] = Field(
+        3600.0,
+        description="How long a run waits for a Qdrant that went away before it ends red; embedding goes on into the spool.",
+    )
+    on_change: Literal["rebuild", "refuse"] = Field(
+        "rebuild",
+        description="Another model, chunking or prompt than the collection's: rebuild makes a new collection beside it and "
+        "switches when its books close; refuse ends the run before any work.",
+    )
+    switch_incomplete: bool = Field(
+        False, description="Switch to a rebuilt collection though other sources of the old one are not in it yet."
+    )
     allow_plain_http: bool = Field(
         False, description="Send an API key over plain http to another host. Refused unless set."
     )
@@ -151,12 +188,17 @@ class IngestSettings(Settings):
     embedding: EmbeddingSettings = EmbeddingSettings()
     budget: BudgetSettings = BudgetSettings()
     partition: PartitionSettings = PartitionSettings()
+    deletes: DeleteSettings = DeleteSettings()
     qdrant: QdrantSettings = QdrantSettings()
     data_folder: str = Field(
         ".ballast", description="Embedded Qdrant, spool, fitted memory models and the embedded Prefect API's database."
     )
     spool: str | None = Field(
         None, description="Working folder for partitions and vectors; unset: `spool` in the data folder."
+    )
+    spool_max_bytes: ByteSize = Field(
+        ByteSize(4 * 1024**3),
+        description="Embedded partitions that wait for Qdrant take this much at most; then the device waits.",
     )
 
     @property

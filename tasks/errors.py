@@ -9,7 +9,7 @@ BallastError
 ├── StoreError           Qdrant
 │   ├── StoreMismatch    another dimension, fingerprint or owner: refused before any device time is spent
 │   ├── StoreMissing     no collection of that name, or no embedded Qdrant at all
-│   ├── StoreLocked      another process holds the embedded Qdrant folder
+│   ├── StoreLocked      another process holds the embedded Qdrant folder, or ingests into this collection
 │   ├── StoreUnavailable transient: reset, timeout, 429, 5xx; worth a retry
 │   └── StoreRejected    permanent: the request itself is refused
 ├── SpoolError           a spool file is missing, torn or not what it says

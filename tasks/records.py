@@ -31,6 +31,7 @@ class Document:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     format: Literal["text", "markdown"] = "text"
     source_bytes: int = 0  # how much of the source this document took: drives the progress bar
+    content_hash: str = ""  # of what was read, before it was parsed: equal means unchanged
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +46,19 @@ class FileRef:
 
 @dataclass(frozen=True, slots=True)
 class Rejection:
-    """A document that did not make it, for the dead-letter list. `failed` ends a run red; `skipped` does not."""
+    """A document that did not make it, for the dead-letter list. `failed` ends a run red; `skipped` does not.
+
+    `covers`: what begins like this may be in the source all the same, and went unseen: "sub/" for a folder that can't be
+    listed, "table.csv#" for a table that broke off or has a row without a usable id. None of it counts as deleted.
+    """
 
     doc_id: str
     status: Literal["failed", "skipped"]
     stage: Literal["read", "chunk", "embed", "upsert"]
     reason: str
     source_bytes: int = 0
+    covers: str | None = None
+    content_hash: str = ""  # of what could not be used; empty where it could not even be read
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +84,7 @@ class ChunkedDocument:
     generation: str
     nodes: tuple[Node, ...]
     source_bytes: int = 0
+    content_hash: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +97,64 @@ class Partition:
     tokens: int
     longest_tokens: int
     source_fraction: float  # how much of the source is in this partition and those before it, 0..1
+
+
+# ---------------------------------------------------------------------------------------------- the ledger
+
+LedgerStatus = Literal["pending", "done", "failed", "parked"]
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerRecord:
+    """What the ledger says of one document of one source. A document without a record has never been begun.
+
+    done: committed, as `generation`. pending: a run has begun to write its points and has not committed it. failed: the last
+    run could not use this content; the next ones try again. parked: they don't any more, until the content changes.
+    """
+
+    source: str  # which source it belongs to: source.name, or the normalised URI
+    doc_id: str
+    status: LedgerStatus
+    content_hash: str  # of the content that `status` is about; empty where it could not be read
+    generation: str = ""  # committed last; empty where none ever was
+    nodes: int = 0  # its points
+    nodes_digest: str = ""  # of their ids, whatever their order: policy.identity.compute_nodes_digest
+    is_partial: bool = False  # points of a generation that was not committed may be there
+    attempts: int = 0  # runs that failed on this content, one after the other
+    stage: str = ""  # where it failed
+    reason: str = ""
+    updated_at: str = ""  # ISO 8601, UTC
+
+    @property
+    def has_points(self) -> bool:
+        return self.nodes > 0 or self.is_partial
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPoints:
+    """A page of a collection's points, as they are: row i of each field is one point."""
+
+    ids: Sequence[str]
+    sources: Sequence[str]
+    doc_ids: Sequence[str]
+    generations: Sequence[str]
+    document_nodes: Sequence[int]  # how many points its document has in this generation, as the payload says; 0: unsaid
+    content_hashes: Sequence[str]
+    vectors: Sequence[NDArray[np.float32] | None] | None  # None: not asked for; a None in it: no vector of our name
+
+
+@dataclass(frozen=True, slots=True)
+class CollectionState:
+    """One physical collection of a name."""
+
+    physical: str
+    is_live: bool  # the alias points to it
+    fingerprint: str
+    model: str
+    revision: str
+    dimension: int
+    points: int
+    documents: int  # in its ledger
 
 
 # ---------------------------------------------------------------------------------------------- model and device
@@ -304,7 +370,9 @@ class Books:
     nodes_cpu: int
     nodes_reused: int
     nodes_failed: int
-    points_counted: int  # as Qdrant counts them, exactly, after the last upsert
+    points_counted: int  # as Qdrant counts them, exactly, when their documents are committed
+    documents_deleted: int = 0  # apart from the others: they are not in the source any more
+    documents_withheld: int = 0  # would be deleted; kept until confirmed
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,9 +26,14 @@ _INVISIBLE = "\ufeff\u200b\u200c\u200d\u2060\u00ad"
 _MAX_DEPTH = 64
 _MAX_TITLE_CHARS = 200
 
-# LlamaIndex's node_to_metadata_dict overwrites the first three and `_node_*`; `generation` is the ledger's; the others
-# are file_metadata's.
-RESERVED_KEYS = frozenset({"doc_id", "document_id", "ref_doc_id", "generation", "file_name", "file_path", "format"})
+# LlamaIndex's node_to_metadata_dict overwrites the first three and `_node_*`; `generation` and `ballast_*` are the ledger's;
+# the others are file_metadata's.
+RESERVED_KEYS = frozenset(
+    {
+        *("doc_id", "document_id", "ref_doc_id", "generation", "file_name", "file_path", "format"),
+        *("ballast_source", "ballast_nodes", "ballast_content"),
+    }
+)
 
 
 class Unusable(Exception):  # noqa: N818  caught where the document's name is known, and returned as a Rejection

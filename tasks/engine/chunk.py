@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Literal
 
 from tasks.backends.processes import spawn_pool
@@ -46,6 +46,7 @@ class ChunkSpec:
     max_tokens: int  # the model's limit
     document_prompt: str
     fingerprint: str
+    source_name: str = ""  # part of every id: see records.LedgerRecord.source
     tokenizer_file: str | None = None  # from export_tokenizer; None: the model's own tokenizer.json
 
 
@@ -190,33 +191,51 @@ def _ignore_interrupt() -> None:
 
 def chunk_batch(items: list[Item], spec: ChunkSpec) -> list[Chunked]:
     """Read and chunk items, in the process that calls. Raises ModelError for a model or limit that can't be used."""
-    chunker = _get_chunker(spec.chunking, spec.model_path, spec.max_tokens, spec.document_prompt, spec.tokenizer_file)
+    chunker = _get_chunker(
+        spec.chunking, spec.model_path, spec.max_tokens, spec.document_prompt, spec.tokenizer_file, spec.source_name
+    )
     return [item if isinstance(item, Rejection) else _chunk_item(item, spec, chunker) for item in items]
 
 
 @lru_cache(maxsize=1)
 def _get_chunker(
-    settings: ChunkingSettings, model_path: str, max_tokens: int, document_prompt: str, tokenizer_file: str | None
+    settings: ChunkingSettings,
+    model_path: str,
+    max_tokens: int,
+    document_prompt: str,
+    tokenizer_file: str | None,
+    source_name: str,
 ) -> Chunker:
     from tasks.backends.chunker import Chunker
     from tasks.backends.tokenizer import NodeTokenizer
 
     tokenizer = NodeTokenizer(model_path, document_prompt=document_prompt, tokenizer_file=tokenizer_file)
-    return Chunker(settings, tokenizer, max_tokens, compute_node_id)
+    return Chunker(settings, tokenizer, max_tokens, partial(compute_node_id, source_name))
 
 
 def _chunk_item(item: FileRef | Document, spec: ChunkSpec, chunker: Chunker) -> Chunked:
     stage: Literal["read", "chunk"] = "read"
+    document: Document | Rejection | None = None
     try:
         document = spec.read_file(item, spec.source) if isinstance(item, FileRef) else item
         if isinstance(document, Rejection):
             return document
         stage = "chunk"
-        generation = compute_generation(spec.fingerprint, document.text, document.metadata)
+        generation = compute_generation(
+            spec.fingerprint, spec.source_name, document.doc_id, document.text, document.metadata
+        )
         nodes = chunker.chunk(document, generation)
     except (BallastError, ValueError, RecursionError, MemoryError) as error:
         reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        return Rejection(item.doc_id, "failed", stage, reason, item.source_bytes)
+        content_hash = document.content_hash if isinstance(document, Document) else ""
+        return Rejection(item.doc_id, "failed", stage, reason, item.source_bytes, content_hash=content_hash)
+    content_hash = document.content_hash
     if not nodes:
-        return Rejection(item.doc_id, "skipped", "chunk", "There is no text in it.", item.source_bytes)
-    return ChunkedDocument(nodes[0].doc_id, generation, nodes, item.source_bytes)
+        reason = "There is no text in it."
+        return Rejection(item.doc_id, "skipped", "chunk", reason, item.source_bytes, content_hash=content_hash)
+    for node in nodes:
+        # With doc_id and generation they are what the ledger can be rebuilt from.
+        node.payload["ballast_source"] = spec.source_name
+        node.payload["ballast_nodes"] = len(nodes)
+        node.payload["ballast_content"] = content_hash
+    return ChunkedDocument(nodes[0].doc_id, generation, nodes, item.source_bytes, content_hash)

@@ -43,7 +43,7 @@ def compute_run_fingerprint(settings: IngestSettings, files: ModelFiles, tokeniz
 
 
 def make_chunk_spec(
-    settings: IngestSettings, files: ModelFiles, tokenizer_file: str, fingerprint: str = ""
+    settings: IngestSettings, files: ModelFiles, tokenizer_file: str, fingerprint: str = "", source_name: str = ""
 ) -> ChunkSpec:
     """What a chunk worker needs; it pickles."""
     return ChunkSpec(
@@ -54,5 +54,6 @@ def make_chunk_spec(
         max_tokens=files.max_tokens,
         document_prompt=files.document_prompt,
         fingerprint=fingerprint,
+        source_name=source_name,
         tokenizer_file=tokenizer_file,
     )

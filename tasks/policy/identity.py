@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import uuid
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from pathlib import PurePath
 from typing import Any
 
@@ -19,12 +19,38 @@ import numpy as np
 NAMESPACE = uuid.UUID("6f1c6a52-5a0e-5a58-9f0b-0b1d7e7c3a41")
 
 
-def compute_node_id(doc_id: str, content_hash: str, occurrence: int) -> str:
+def compute_node_id(source: str, doc_id: str, content_hash: str, occurrence: int) -> str:
     """UUIDv5 of the `occurrence`-th node (from 0) with this content in this document: the Qdrant point's id.
 
     Neither the device nor the run takes part, and without the occurrence repeated text in a document would collapse.
+    `source`: two sources in one collection may both have a README.md, with the same words in it.
     """
-    name = _encode([doc_id, content_hash, occurrence])
+    return _to_uuid([source, doc_id, content_hash, occurrence])
+
+
+def compute_ledger_id(source: str, doc_id: str) -> str:
+    """UUIDv5 of one document of one source: the id of its ledger record."""
+    return _to_uuid(["ledger", source, doc_id])
+
+
+def compute_nodes_digest(node_ids: Iterable[str]) -> str:
+    """Digest (hex) of a set of node ids, whatever their order: made page by page, and compared without holding the ids.
+
+    The exclusive or of the ids. They are hashes themselves, so two sets that differ are as good as never equal.
+    """
+    digest = 0
+    for node_id in node_ids:
+        digest ^= uuid.UUID(node_id).int
+    return f"{digest:032x}"
+
+
+def combine_nodes_digests(one: str, other: str) -> str:
+    """The digest of two sets without a common id, from the digest of each; empty stands for no ids."""
+    return f"{int(one or '0', 16) ^ int(other or '0', 16):032x}"
+
+
+def _to_uuid(parts: list[Any]) -> str:
+    name = _encode(parts)
     # uuid.uuid5 takes text only, which can't hold the lone surrogates that file names on Linux may contain.
     digest = hashlib.sha1(NAMESPACE.bytes + name, usedforsecurity=False).digest()
     return str(uuid.UUID(bytes=digest[:16], version=5))
@@ -38,12 +64,18 @@ def compute_fingerprint(parts: Mapping[str, Any]) -> str:
     return hashlib.sha256(_encode(parts)).hexdigest()
 
 
-def compute_generation(fingerprint: str, text: str, metadata: Mapping[str, Any]) -> str:
-    """sha256 (hex) of fingerprint and document: which version of a document a point belongs to.
+def compute_generation(fingerprint: str, source: str, doc_id: str, text: str, metadata: Mapping[str, Any]) -> str:
+    """sha256 (hex) of fingerprint and document: which version of which document a point belongs to.
 
+    No two documents share one, be their text the same: so a count of a generation is a count of one document.
     All metadata counts, embedded or not: the points carry it. Raises ValueError for a value without a stable encoding.
     """
-    return hashlib.sha256(_encode([fingerprint, text, metadata])).hexdigest()
+    return hashlib.sha256(_encode([fingerprint, source, doc_id, text, metadata])).hexdigest()
+
+
+def compute_content_hash(text: str, metadata: Mapping[str, Any]) -> str:
+    """sha256 (hex) of a document that has no file of its own: a row of a table."""
+    return hashlib.sha256(_encode([text, metadata])).hexdigest()
 
 
 def _encode(value: Any) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from tasks.config import ChunkingSettings
 from tasks.errors import TokenLimitError
 from tasks.policy.identity import compute_node_id
 from tasks.records import Document, Node
+
+make_node_id = partial(compute_node_id, "source")
 
 ENGLISH = "The wing's lift grows with its angle of attack, e.g. 3.5 degrees. Then it stalls! Does it? Yes (see below). "
 CHINESE = "机翼的升力随迎角增大而增大。超过临界角后，气流分离！会失速吗？是的，请看下文。"
@@ -90,7 +93,7 @@ def tokenizers(minilm: NodeTokenizer, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def make_chunker(tokenizer: NodeTokenizer, max_tokens: int = 256, **knobs: Any) -> Chunker:
-    return Chunker(ChunkingSettings(**knobs), tokenizer, max_tokens, compute_node_id)
+    return Chunker(ChunkingSettings(**knobs), tokenizer, max_tokens, make_node_id)
 
 
 def open_node(node: Node) -> TextNode:
@@ -309,7 +312,7 @@ def test_a_prompt_that_leaves_no_room_is_refused(minilm: NodeTokenizer) -> None:
 def test_the_smaller_limit_counts(minilm: NodeTokenizer) -> None:
     assert make_chunker(minilm, max_tokens=8192).limit == 512
     assert make_chunker(minilm, max_tokens=256).limit == 256
-    assert Chunker(ChunkingSettings(max_tokens=1000), minilm, 8192, compute_node_id).limit == 1000
+    assert Chunker(ChunkingSettings(max_tokens=1000), minilm, 8192, make_node_id).limit == 1000
 
 
 @pytest.mark.parametrize("text", ["", " \n\t ", "\x00\x01", "\u200b"])
