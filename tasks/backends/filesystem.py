@@ -8,11 +8,14 @@ import stat
 import sys
 import tarfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from tasks.backends.texts import Unusable
+from tasks.backends.texts import TooLarge, Unusable
 from tasks.errors import SourceError
+
+_BLOCK_BYTES = 256 * 1024
 
 _USERINFO = re.compile(r"(?<=://)[^/@\s]+@")
 _SECRET_PARAMETER = re.compile(
@@ -82,8 +85,10 @@ def is_web(fs: Any) -> bool:
 def open_binary(fs: Any, path: str) -> IO[bytes]:
     """Raises Unusable for what is not a regular file, and io_errors()."""
     # Opening a FIFO waits for a writer, for ever: one may have taken the file's place since it was listed.
-    if is_local(fs) and not stat.S_ISREG(Path(path).stat().st_mode):
-        raise Unusable("not a regular file (a pipe, a socket or a device)", "skipped")
+    if is_local(fs):
+        if not stat.S_ISREG(Path(path).stat().st_mode):
+            raise Unusable("not a regular file (a pipe, a socket or a device)", "skipped")
+        return Path(path).open("rb")  # 50 us less than by fsspec, which does no more here: it counts for small files
     stream: IO[bytes] = fs.open(path, "rb")
     return stream
 
@@ -93,8 +98,19 @@ def read_bytes(fs: Any, path: str, max_bytes: int) -> bytes:
     with open_binary(fs, path) as stream:
         data = stream.read(max_bytes + 1)
     if len(data) > max_bytes:
-        raise Unusable(describe_too_large(None, max_bytes))
+        raise TooLarge(describe_too_large(None, max_bytes))
     return data
+
+
+def read_blocks(fs: Any, path: str, max_bytes: int) -> Iterator[bytes]:
+    """The file in blocks of at most _BLOCK_BYTES; none for an empty one. Raises as read_bytes does."""
+    read = 0
+    with open_binary(fs, path) as stream:
+        while block := stream.read(_BLOCK_BYTES):
+            read += len(block)
+            if read > max_bytes:
+                raise TooLarge(describe_too_large(None, max_bytes))
+            yield block
 
 
 def describe_too_large(size_bytes: int | None, max_bytes: int) -> str:
@@ -130,6 +146,11 @@ def is_web_refusal(error: BaseException) -> bool:
     """fsspec says that a page is not found whatever happened: a 401, a 500 or a refused connection is in the cause."""
     cause = error.__cause__
     return isinstance(error, FileNotFoundError) and cause is not None and getattr(cause, "status", None) != 404
+
+
+def remove_secrets(uri: str) -> str:
+    """The URL without user:password@ and without the values that hide_secrets blanks: the same whoever asks."""
+    return _SECRET_PARAMETER.sub(r"\1", _USERINFO.sub("", uri))
 
 
 def hide_secrets(text: str) -> str:

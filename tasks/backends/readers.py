@@ -7,6 +7,9 @@ of them tells an encrypted, scanned, mis-encoded or torn file from an empty one.
 
 from __future__ import annotations
 
+import codecs
+import functools
+import hashlib
 import io
 import logging
 import re
@@ -14,12 +17,20 @@ import struct
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 from xml.etree import ElementTree
 
-from tasks.backends.filesystem import connect_to_file, describe_too_large, explain_io_error, io_errors, read_bytes
+from tasks.backends.filesystem import (
+    connect_to_file,
+    describe_too_large,
+    explain_io_error,
+    io_errors,
+    read_blocks,
+    read_bytes,
+)
 from tasks.backends.texts import (
+    TooLarge,
     Unusable,
     clean_metadata,
     clean_text,
@@ -38,6 +49,11 @@ logger = logging.getLogger(__name__)
 
 Parsed = tuple[str, dict[str, Any], Literal["text", "markdown"]]
 
+# Raise it when this file or texts.py begins to make another text or other metadata of the same bytes: every file is then
+# read again, and only what really changed is embedded again. The libraries' own versions are in the fingerprint.
+_PARSING_VERSION = 1
+_TEXT_FORMATS = ("md", "txt", "html")  # decoded by source.encoding
+
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 _HEADING = re.compile(r" {0,3}#\s+(.+?)\s*#*\s*$")
 _FRONT_MATTER = re.compile(r"\A---[ \t]*\n(.*?)\n(?:---|\.\.\.)[ \t]*(?:\n|\Z)", re.DOTALL)
@@ -48,19 +64,64 @@ _CORE_TITLE = "{http://purl.org/dc/elements/1.1/}title"
 
 
 def read_file(ref: FileRef, settings: SourceSettings) -> Document | Rejection:
-    """The document in `ref`, or why there is none: what is wrong with a file is never raised. For a process pool."""
+    """The document in `ref`, or why there is none: what is wrong with a file is never raised. For a process pool.
+
+    Its content_hash is hash_content's, of the very bytes that were parsed. A Rejection has one where the content is what
+    is wrong; not where it could not be read, or a limit forbids it: then the same bytes may do tomorrow.
+    """
+    content_hash = ""
     try:
-        return _read_document(ref, settings)
+        _check_size(ref, settings)
+        data = read_bytes(connect_to_file(ref.uri, settings.uri), ref.uri, settings.max_file_bytes)
+        content_hash = _hash_blocks([data], ref, settings)
+        return _parse_document(data, ref, settings, content_hash)
+    except TooLarge as problem:
+        return _reject(ref, problem.status, problem.reason)
     except Unusable as problem:
-        return Rejection(ref.doc_id, problem.status, "read", problem.reason, ref.source_bytes)
+        return _reject(ref, problem.status, problem.reason, content_hash)
     except io_errors() as error:
-        return Rejection(ref.doc_id, "failed", "read", explain_io_error(error), ref.source_bytes)
+        return _reject(ref, "failed", explain_io_error(error))
 
 
-def _read_document(ref: FileRef, settings: SourceSettings) -> Document:
+def hash_content(ref: FileRef, settings: SourceSettings) -> str | Rejection:
+    """sha256 (hex) of the raw bytes and of what decides how they are read: equal means that the document is the same.
+
+    In blocks: its memory does not depend on the file. A file that can't be read is a Rejection, as read_file's is.
+    """
+    try:
+        _check_size(ref, settings)
+        blocks = read_blocks(connect_to_file(ref.uri, settings.uri), ref.uri, settings.max_file_bytes)
+        return _hash_blocks(blocks, ref, settings)
+    except Unusable as problem:
+        return _reject(ref, problem.status, problem.reason)
+    except io_errors() as error:
+        return _reject(ref, "failed", explain_io_error(error))
+
+
+def _hash_blocks(blocks: Iterable[bytes], ref: FileRef, settings: SourceSettings) -> str:
+    encoding = _name_codec(settings.encoding) if ref.format in _TEXT_FORMATS else ""
+    # No format and no encoding has a NUL in its name, so no two headers and contents run together to the same bytes.
+    digest = hashlib.sha256(f"{_PARSING_VERSION}\0{ref.format}\0{encoding}\0".encode())
+    for block in blocks:
+        digest.update(block)
+    return digest.hexdigest()
+
+
+@functools.cache
+def _name_codec(encoding: str) -> str:
+    return codecs.lookup(encoding).name  # UTF8, utf-8 and utf_8 are one
+
+
+def _check_size(ref: FileRef, settings: SourceSettings) -> None:
     if ref.source_bytes > settings.max_file_bytes:
-        raise Unusable(describe_too_large(ref.source_bytes, settings.max_file_bytes))
-    data = read_bytes(connect_to_file(ref.uri, settings.uri), ref.uri, settings.max_file_bytes)
+        raise TooLarge(describe_too_large(ref.source_bytes, settings.max_file_bytes))
+
+
+def _reject(ref: FileRef, status: Literal["failed", "skipped"], reason: str, content_hash: str = "") -> Rejection:
+    return Rejection(ref.doc_id, status, "read", reason, ref.source_bytes, content_hash=content_hash)
+
+
+def _parse_document(data: bytes, ref: FileRef, settings: SourceSettings, content_hash: str) -> Document:
     if not data:
         raise Unusable("empty file", "skipped")
     text, found, text_format = _PARSERS[ref.format](data, settings)
@@ -68,7 +129,7 @@ def _read_document(ref: FileRef, settings: SourceSettings) -> Document:
     if is_blank(text):
         raise Unusable("no text in it", "skipped")
     metadata = {**clean_metadata(found), **file_metadata(ref.doc_id, ref.format)}
-    return Document(ref.doc_id, text, metadata, text_format, ref.source_bytes)
+    return Document(ref.doc_id, text, metadata, text_format, ref.source_bytes, content_hash)
 
 
 # ---------------------------------------------------------------------------------------------- text and Markdown
@@ -257,7 +318,7 @@ def _parse_docx(data: bytes, settings: SourceSettings) -> Parsed:
             # Some kilobytes of zip can unpack to gigabytes; zipfile does not go beyond the sizes declared here.
             unpacked = sum(member.file_size for member in archive.infolist() if member.filename.endswith(".xml"))
             if unpacked > settings.max_file_bytes:
-                raise Unusable(f"unpacked, {describe_too_large(unpacked, settings.max_file_bytes)}")
+                raise TooLarge(f"unpacked, {describe_too_large(unpacked, settings.max_file_bytes)}")
             title = _find_docx_title(archive)
         text = docx2txt.process(io.BytesIO(data))
     except _DOCX_DAMAGE as error:

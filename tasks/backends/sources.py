@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 from tasks.backends.filesystem import (
     connect,
@@ -19,6 +19,7 @@ from tasks.backends.filesystem import (
     is_local,
     is_web,
     is_web_refusal,
+    remove_secrets,
 )
 from tasks.backends.tables import read_table
 from tasks.backends.texts import is_encoding
@@ -47,8 +48,11 @@ class Source:
     of a table, and a Rejection for what is not read. Sorted by doc_id, rows in their file's order.
     """
 
-    def __init__(self, name: str, fs: Any, entries: list[FileRef | Rejection], settings: SourceSettings) -> None:
-        self.name = name
+    def __init__(
+        self, name: str, key: str, fs: Any, entries: list[FileRef | Rejection], settings: SourceSettings
+    ) -> None:
+        self.name = name  # for messages
+        self.key = key  # what tells its documents from those of another source in the same collection
         self._fs = fs
         self._entries = entries
         self._settings = settings
@@ -91,7 +95,16 @@ def open_source(settings: SourceSettings, *, leave_out: Collection[str] = ()) ->
         raise SourceError(f"The source {name} can't be listed: {explain_io_error(error)}") from error
     _refuse_nothing_to_read(name, entries, settings)
     # By code points: the same on every machine, whatever its locale.
-    return Source(name, fs, sorted(entries, key=lambda entry: entry.doc_id), settings)
+    return Source(name, _find_key(fs, path, settings), fs, sorted(entries, key=lambda entry: entry.doc_id), settings)
+
+
+def _find_key(fs: Any, path: str, settings: SourceSettings) -> str:
+    """The name given, else the URI in one spelling. Links stay: a link that is set to a new release is the same source."""
+    if settings.name:
+        return settings.name
+    if is_local(fs):
+        return os.path.abspath(path).encode(errors="backslashreplace").decode()  # noqa: PTH100  it also takes out ..
+    return remove_secrets(settings.uri).rstrip("/")
 
 
 def _check_settings(settings: SourceSettings) -> None:
@@ -162,7 +175,8 @@ class _Listing:
             except io_errors() as error:
                 if folder == self.root:
                     raise
-                yield self._reject(folder, "failed", f"a folder, with all that is in it: {explain_io_error(error)}")
+                reason = f"a folder, with all that is in it: {explain_io_error(error)}"
+                yield self._reject(folder, "failed", reason, covers="/")
                 continue
             for info in found:
                 name = self._relative(info["name"])
@@ -171,8 +185,10 @@ class _Listing:
                 try:
                     kind = self._resolve(info)
                 except OSError as error:
-                    if matches(name):
-                        yield self._reject(info["name"], "failed", _explain_broken_link(error))
+                    # What it pointed to may be a table, or a folder on a disk that is not mounted today.
+                    if matches(name) or self._is_reached(name):
+                        covers = "#" if _find_format(name) in TABLES else "/"
+                        yield self._reject(info["name"], "failed", _explain_broken_link(error), covers)
                     continue
                 if kind["type"] == "directory":
                     if self._is_reached(name) and os.path.realpath(info["name"]) not in self.left_out:
@@ -190,9 +206,9 @@ class _Listing:
             return Rejection(doc_id.encode(errors="backslashreplace").decode(), "failed", "read", reason, size)
         if info["type"] != "file":
             return Rejection(doc_id, "skipped", "read", "not a regular file (a pipe, a socket or a device)")
-        suffix = PurePosixPath(doc_id).suffix[1:].lower()
-        file_format = _ALIASES.get(suffix, suffix)
+        file_format = _find_format(doc_id)
         if file_format not in self.settings.formats:
+            suffix = PurePosixPath(doc_id).suffix[1:].lower()
             what = f"format .{suffix} is not read" if suffix else "a file without a suffix is not read"
             reason = f"{what}; source.formats has {', '.join(self.settings.formats)}"
             return Rejection(doc_id, "skipped", "read", reason, size)
@@ -203,9 +219,9 @@ class _Listing:
         root = self.root.rstrip("/")
         return path[len(root) :].strip("/") if path.startswith(root) else path.strip("/")
 
-    def _reject(self, path: str, status: Any, reason: str) -> Rejection:
+    def _reject(self, path: str, status: Literal["failed", "skipped"], reason: str, covers: str = "") -> Rejection:
         name = self._relative(path).encode(errors="backslashreplace").decode()
-        return Rejection(name, status, "read", reason)
+        return Rejection(name, status, "read", reason, covers=f"{name}{covers}" if covers else None)
 
     def _is_hidden(self, name: str) -> bool:
         last = name.rsplit("/", 1)[-1]
@@ -244,6 +260,11 @@ class _Listing:
             return "a symbolic link to a folder that holds the source itself"
         self.listed.add(real)
         return ""
+
+
+def _find_format(name: str) -> str:
+    suffix = PurePosixPath(name).suffix[1:].lower()
+    return _ALIASES.get(suffix, suffix)
 
 
 def _explain_broken_link(error: OSError) -> str:

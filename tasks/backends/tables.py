@@ -64,32 +64,37 @@ def _read_rows(fs: Any, ref: FileRef, settings: SourceSettings) -> Iterator[Docu
         if not count:
             yield Rejection(ref.doc_id, "skipped", "read", "no rows in it")
     except Unusable as problem:
-        yield Rejection(ref.doc_id, problem.status, "read", problem.reason)
+        yield Rejection(ref.doc_id, problem.status, "read", problem.reason, covers=_cover_rows(ref))
     except io_errors() as error:
-        yield Rejection(ref.doc_id, "failed", "read", f"{explain_io_error(error)}; {count} rows were read before")
+        reason = f"{explain_io_error(error)}; {count} rows were read before"
+        yield Rejection(ref.doc_id, "failed", "read", reason, covers=_cover_rows(ref))
     except UnicodeDecodeError as error:  # of an encoding in which nothing can be found again after a bad byte
         reason = f"not valid {error.encoding} after {count} rows: {error.reason}. What follows is not read"
-        yield Rejection(ref.doc_id, "failed", "read", reason)
+        yield Rejection(ref.doc_id, "failed", "read", reason, covers=_cover_rows(ref))
+
+
+def _cover_rows(ref: FileRef) -> str:
+    """How the ids of all rows begin: any of them may be among what was not seen."""
+    return f"{ref.doc_id}#"
 
 
 def _to_document(row: _Row, ref: FileRef, settings: SourceSettings, seen: SeenIds) -> Document | Rejection:
     # A row without a usable id is named by its place, file:line, which no row with an id can be called.
     name = f"{ref.doc_id}:{row.number}"
     try:
-        row_id = _find_new_id(row, settings, seen)
-        name = f"{ref.doc_id}#{row_id}"
+        row_id = _find_id(row, settings)
+    except Unusable as problem:
+        # Whose row it is can't be known: any that is stored and not seen may be the one.
+        return Rejection(name, problem.status, "read", problem.reason, row.source_bytes, covers=_cover_rows(ref))
+    if not seen.add(row_id):
+        what = f"{settings.id_field} {row_id!r:.60} occurs more than once in this file"
+        reason = f"{what}; the first one counts. Give each row an id of its own"
+        return Rejection(name, "failed", "read", reason, row.source_bytes)
+    name = f"{ref.doc_id}#{row_id}"
+    try:
         return _read_row(name, row, ref, settings)
     except Unusable as problem:
         return Rejection(name, problem.status, "read", problem.reason, row.source_bytes)
-
-
-def _find_new_id(row: _Row, settings: SourceSettings, seen: SeenIds) -> str:
-    if row.values is None:
-        raise Unusable(row.problem)
-    row_id = _find_id(row.values, settings)
-    if not seen.add(row_id):
-        raise Unusable(f"{settings.id_field} {row_id!r:.60} occurs more than once in this file; the first one counts")
-    return row_id
 
 
 def _read_row(name: str, row: _Row, ref: FileRef, settings: SourceSettings) -> Document:
@@ -98,11 +103,20 @@ def _read_row(name: str, row: _Row, ref: FileRef, settings: SourceSettings) -> D
     if is_blank(text):
         raise Unusable("no text in it", "skipped")
     metadata = {**clean_metadata(_select_metadata(values, settings)), **file_metadata(ref.doc_id, ref.format)}
-    return Document(name, text, metadata, "text", row.source_bytes)
+    return Document(name, text, metadata, "text", row.source_bytes, _hash_row(text, metadata))
 
 
-def _find_id(values: Mapping[str, Any], settings: SourceSettings) -> str:
+def _hash_row(text: str, metadata: Mapping[str, Any]) -> str:
+    """sha256 (hex) of what the row says; the order of its columns does not count. Metadata is JSON-ready by now."""
+    found = json.dumps([text, metadata], ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(found.encode()).hexdigest()
+
+
+def _find_id(row: _Row, settings: SourceSettings) -> str:
     """A row's number would do as an id only until a row is inserted above it: then every later document changes."""
+    if row.values is None:
+        raise Unusable(row.problem)
+    values = row.values
     value = values.get(settings.id_field)
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # pandas turns a column of integers with a gap into floats
@@ -374,6 +388,7 @@ def _stop_if_hopeless(rows: Iterator[Document | Rejection], ref: FileRef) -> Ite
                 "failed",
                 "read",
                 f"given up: its first {number} rows all failed, so the rest is not read. {row.reason}",
+                covers=_cover_rows(ref),
             )
             return
 

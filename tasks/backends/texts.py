@@ -45,6 +45,10 @@ class Unusable(Exception):  # noqa: N818  caught where the document's name is kn
         self.status = status
 
 
+class TooLarge(Unusable):
+    """Above a limit that a knob sets: the same content may do once it is raised."""
+
+
 def find_byte_order_mark(head: bytes) -> tuple[str, int] | None:
     """Encoding and length in bytes of the mark that `head` begins with."""
     for mark, encoding in _BYTE_ORDER_MARKS:
