@@ -104,7 +104,9 @@ def _find_key(fs: Any, path: str, settings: SourceSettings) -> str:
         return settings.name
     if is_local(fs):
         return os.path.abspath(path).encode(errors="backslashreplace").decode()  # noqa: PTH100  it also takes out ..
-    return remove_secrets(settings.uri).rstrip("/")
+    # An archive's own path is the last link of a chain: zip://*.md::docs.zip
+    links = remove_secrets(settings.uri).split("::")
+    return "::".join(link.rstrip("/") if "://" in link else os.path.abspath(link) for link in links)  # noqa: PTH100
 
 
 def _check_settings(settings: SourceSettings) -> None:

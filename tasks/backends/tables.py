@@ -89,12 +89,13 @@ def _to_document(row: _Row, ref: FileRef, settings: SourceSettings, seen: SeenId
     if not seen.add(row_id):
         what = f"{settings.id_field} {row_id!r:.60} occurs more than once in this file"
         reason = f"{what}; the first one counts. Give each row an id of its own"
-        return Rejection(name, "failed", "read", reason, row.source_bytes)
+        return Rejection(name, "failed", "read", reason, row.source_bytes, content_hash=_hash_unusable(row))
     name = f"{ref.doc_id}#{row_id}"
     try:
         return _read_row(name, row, ref, settings)
     except Unusable as problem:
-        return Rejection(name, problem.status, "read", problem.reason, row.source_bytes)
+        content_hash = _hash_unusable(row)
+        return Rejection(name, problem.status, "read", problem.reason, row.source_bytes, content_hash=content_hash)
 
 
 def _read_row(name: str, row: _Row, ref: FileRef, settings: SourceSettings) -> Document:
@@ -110,6 +111,14 @@ def _hash_row(text: str, metadata: Mapping[str, Any]) -> str:
     """sha256 (hex) of what the row says; the order of its columns does not count. Metadata is JSON-ready by now."""
     found = json.dumps([text, metadata], ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(found.encode()).hexdigest()
+
+
+def _hash_unusable(row: _Row) -> str:
+    """sha256 (hex) of values of which no document can be made, perhaps because they are not JSON."""
+    try:
+        return hashlib.sha256(repr(row.values).encode(errors="backslashreplace")).hexdigest()
+    except RecursionError:  # nested as deep as the JSON parser goes: never known again, so tried again each time
+        return ""
 
 
 def _find_id(row: _Row, settings: SourceSettings) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import codecs
 import io
 import os
+import tracemalloc
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import docx
@@ -15,7 +17,7 @@ import pytest
 from reportlab.pdfgen.canvas import Canvas
 
 from tasks.backends.processes import spawn_pool
-from tasks.backends.readers import read_file
+from tasks.backends.readers import hash_content, read_file
 from tasks.config import SourceSettings
 from tasks.records import Document, FileRef, Rejection
 
@@ -338,3 +340,107 @@ def test_a_docx_that_unpacks_to_more_than_the_limit_fails_unpacked(tmp_path: Pat
     assert (
         "unpacked, 5,000,007 bytes" in rejection(read_bytes(tmp_path, "a.docx", data, max_file_bytes=1_000_000)).reason
     )
+
+
+# ---------------------------------------------------------------------------------------------- what tells a change
+
+
+def hash_file(path: Path, **knobs: object) -> str | Rejection:
+    settings = SourceSettings(uri=str(path.parent), **knobs)
+    size = path.stat().st_size if path.exists() else 0
+    return hash_content(FileRef(path.name, str(path), path.suffix[1:], size), settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("a.txt", lambda: b"Text."),
+        ("a.md", lambda: b"---\ntitle: x\n---\n# Text"),
+        ("a.html", lambda: b"<p>Text</p>"),
+        ("a.pdf", lambda: make_pdf("Page.")),
+        ("a.docx", lambda: make_docx("Text.")),
+        ("empty.md", lambda: b""),
+        ("blank.txt", lambda: b"  \n"),
+        ("binary.txt", lambda: b"a\x00b"),
+        ("scan.pdf", lambda: make_pdf("")),
+        ("damaged.docx", lambda: b"PK"),
+        ("long.txt", lambda: b"0123456789abcdef\n" * 100_000),  # several blocks
+    ],
+)
+def test_what_was_read_has_the_hash_that_is_made_without_parsing(
+    tmp_path: Path, name: str, make: Callable[[], bytes]
+) -> None:
+    content_hash = read_bytes(tmp_path, name, make()).content_hash
+    assert len(content_hash) == 64
+    assert content_hash == hash_file(tmp_path / name)
+
+
+def test_bytes_format_and_encoding_decide_the_hash_and_the_name_does_not(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt", "a.md"):
+        (tmp_path / name).write_bytes(b"Text.")
+    (tmp_path / "c.txt").write_bytes(b"Text!")
+    same = hash_file(tmp_path / "a.txt")
+    assert hash_file(tmp_path / "b.txt") == same
+    assert hash_file(tmp_path / "a.txt", encoding="UTF8") == same
+    others = {
+        hash_file(tmp_path / "a.md"),
+        hash_file(tmp_path / "c.txt"),
+        hash_file(tmp_path / "a.txt", encoding="cp1252"),
+    }
+    assert len({same, *others}) == 4
+
+
+def test_the_encoding_does_not_decide_the_hash_of_a_pdf(tmp_path: Path) -> None:
+    (tmp_path / "a.pdf").write_bytes(make_pdf("Page."))
+    assert hash_file(tmp_path / "a.pdf", encoding="cp1252") == hash_file(tmp_path / "a.pdf")
+
+
+def test_what_can_not_be_read_has_no_hash_and_the_same_reason(tmp_path: Path) -> None:
+    (tmp_path / "large.txt").write_bytes(b"x" * 2000)
+    (tmp_path / "folder.md").mkdir()
+    for name in ("large.txt", "folder.md", "nowhere.md"):
+        path = tmp_path / name
+        found = read(path, max_file_bytes=1000)
+        assert isinstance(found, Rejection), name
+        assert found.content_hash == ""
+        assert hash_file(path, max_file_bytes=1000) == found
+    assert isinstance(hash_file(tmp_path / "large.txt"), str)
+
+
+def test_a_file_that_grew_beyond_the_limit_has_no_hash(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"x" * 2000)
+    ref = FileRef("a.txt", str(path), "txt", 10)
+    found = hash_content(ref, SourceSettings(uri=str(tmp_path), max_file_bytes=1000))
+    assert isinstance(found, Rejection)
+    assert "more than 1,000 bytes" in found.reason
+
+
+def test_a_limit_that_may_be_raised_leaves_no_hash_of_the_content(tmp_path: Path) -> None:
+    data = make_docx("x" * 5_000_000)
+    found = read_bytes(tmp_path, "a.docx", data, max_file_bytes=1_000_000)
+    assert "unpacked" in rejection(found).reason
+    assert found.content_hash == ""
+    assert document(read_bytes(tmp_path, "a.docx", data)).content_hash
+
+
+def test_a_large_file_is_hashed_without_being_held(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"x" * 20_000_000)
+    tracemalloc.start()
+    try:
+        assert isinstance(hash_file(path), str)
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_remote_file_has_the_hash_of_a_local_one(tmp_path: Path) -> None:
+    fs = fsspec.filesystem("memory")
+    fs.pipe("/hashed/a.md", b"# Text")
+    (tmp_path / "a.md").write_bytes(b"# Text")
+    try:
+        ref = FileRef("a.md", "memory:///hashed/a.md", "md", 6)
+        assert hash_content(ref, SourceSettings(uri="memory://hashed")) == hash_file(tmp_path / "a.md")
+    finally:
+        fs.rm("/hashed", recursive=True)

@@ -395,3 +395,70 @@ def test_a_web_page_that_fails_later_is_a_rejection_without_secrets(web: str) ->
     assert result.status == "failed"
     assert "500" in result.reason
     assert "hunter2" not in result.reason
+
+
+# ---------------------------------------------------------------------------------------------- what the ledger needs
+
+
+def test_what_is_hidden_in_folders_and_behind_links(ordinary_user: Path) -> None:
+    (ordinary_user / "closed").chmod(0)
+    (ordinary_user / "listed").chmod(0o400)
+    (ordinary_user / "share").symlink_to("/no/such/disk")
+    (ordinary_user / "t.csv").symlink_to("/no/such/file.csv")
+    (ordinary_user / "up").symlink_to(ordinary_user)
+    (ordinary_user / "notes.xyz").write_text("x")
+    found = {name: item.covers for name, item in listing(ordinary_user).items() if isinstance(item, Rejection)}
+    assert found == {
+        "closed": "closed/",
+        "listed": "listed/",
+        "share": "share/",  # a disk that is not mounted: its documents are not deleted
+        "t.csv": "t.csv#",
+        "up": None,
+        "notes.xyz": None,
+    }
+
+
+def test_a_broken_link_that_a_glob_would_look_into_is_reported(tmp_path: Path) -> None:
+    write(tmp_path, "a/x.md", "b/y.txt")
+    (tmp_path / "share").symlink_to("/no/such/disk")
+    assert rejections(listing(f"{tmp_path}/*/*.md")).keys() == {"share"}
+    assert not rejections(listing(f"{tmp_path}/a/*.md"))
+
+
+def key(uri: str | Path, **knobs: object) -> str:
+    return open_source(SourceSettings(uri=str(uri), **knobs)).key
+
+
+def test_a_local_source_has_one_key_however_it_is_spelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, "docs/a.md", "docs/sub/b.md")
+    (tmp_path / "current").symlink_to("docs")
+    monkeypatch.chdir(tmp_path)
+    docs = f"{tmp_path}/docs"
+    spellings = ("docs", "docs/", "./docs", "docs/sub/..", f"file://{docs}", docs, f"{docs}//")
+    assert {key(spelling) for spelling in spellings} == {docs}
+    assert key("docs/*.md") == f"{docs}/*.md"
+    assert key("docs/a.md") == f"{docs}/a.md"
+    assert key("current") == f"{tmp_path}/current"  # it may lead to another release tomorrow
+
+
+def test_a_source_with_a_name_is_known_by_it_wherever_it_lies(tmp_path: Path) -> None:
+    write(tmp_path, "one/a.md", "two/a.md")
+    assert key(tmp_path / "one", name="handbook") == key(tmp_path / "two", name="handbook") == "handbook"
+
+
+def test_a_remote_source_has_one_key(memory: str) -> None:
+    assert key(memory) == key(f"{memory}/") == "memory://corpus"
+
+
+def test_an_archive_is_known_by_its_absolute_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with zipfile.ZipFile("x.zip", "w") as archive:
+        archive.writestr("docs/a.md", "# In an archive")
+    assert key("zip://**/*.md::x.zip") == key(f"zip://**/*.md::{tmp_path}/x.zip") == f"zip://**/*.md::{tmp_path}/x.zip"
+
+
+def test_a_key_holds_no_credentials(web: str) -> None:
+    with_user = key(f"http://user:hunter2@{web}/guide.md?token=s3cret")
+    assert "hunter2" not in with_user
+    assert "s3cret" not in with_user
+    assert with_user == key(f"http://{web}/guide.md?token=another")

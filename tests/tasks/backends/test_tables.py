@@ -377,3 +377,92 @@ def test_seen_ids_stays_small() -> None:
     tracemalloc.stop()
     assert size < 20 * 30_000
     assert not any(seen.add(str(number)) for number in itertools.chain(range(0, 30_000, 97), [29_999]))
+
+
+# ---------------------------------------------------------------------------------------------- what the ledger needs
+
+
+def hashes(rows: Rows) -> dict[str, str]:
+    return {row.doc_id: row.content_hash for row in rows}
+
+
+def hidden(rows: Rows) -> dict[str, str | None]:
+    return {row.doc_id: row.covers for row in rows if isinstance(row, Rejection)}
+
+
+def test_a_rows_hash_is_that_of_its_text_and_metadata(table: Path) -> None:
+    first = hashes(
+        read(write_rows(table, [{"id": "a", "text": "one", "n": "1"}, {"id": "b", "text": "two", "n": "1"}]))
+    )
+    changed = [{"id": "b", "text": "two", "n": "2"}, {"id": "a", "text": "one", "n": "1"}]
+    second = hashes(read(write_rows(table, changed)))
+    assert first[f"{table.name}#a"] == second[f"{table.name}#a"]
+    assert first[f"{table.name}#b"] != second[f"{table.name}#b"]
+    assert all(len(value) == 64 for value in first.values())
+
+
+def test_the_order_of_a_rows_columns_does_not_change_its_hash(tmp_path: Path) -> None:
+    one = read_text(tmp_path, "t.jsonl", '{"id": "a", "text": "x", "k": {"a": 1, "b": 2}, "l": 3}')
+    other = read_text(tmp_path, "t.jsonl", '{"l": 3, "k": {"b": 2, "a": 1}, "text": "x", "id": "a"}')
+    assert hashes(one) == hashes(other)
+
+
+def test_values_that_look_alike_have_hashes_of_their_own(tmp_path: Path) -> None:
+    values = ("1", '"1"', "1.5", "true", "null", '"null"', "[]", "{}", '[["a", 1]]', '{"a": 1}')
+    found = [hashes(read_text(tmp_path, "t.jsonl", f'{{"id": "a", "text": "x", "k": {value}}}')) for value in values]
+    assert len({row["t.jsonl#a"] for row in found}) == len(values)
+
+
+def test_a_row_that_can_not_be_used_is_known_again(table: Path) -> None:
+    rows = [{"id": "a", "text": "one"}, {"id": "a", "text": "two"}, {"id": "b", "text": " "}]
+    first = hashes(read(write_rows(table, rows)))
+    assert all(len(value) == 64 for value in first.values())
+    assert first == hashes(read(table))
+    rows[1]["text"] = "three"
+    second = hashes(read(write_rows(table, rows)))
+    assert sorted(name for name, value in first.items() if value != second[name]) == [
+        name for name in first if "#" not in name
+    ]
+
+
+def test_a_row_without_an_id_may_be_any(table: Path) -> None:
+    rows = [{"id": "a", "text": "one"}, {"id": None, "text": "two"}, {"id": "a", "text": "x"}, {"id": "b", "text": " "}]
+    found = hidden(read(write_rows(table, rows)))
+    place = 3 if table.suffix == ".csv" else 2
+    assert found == {
+        f"{table.name}:{place}": f"{table.name}#",
+        f"{table.name}:{place + 1}": None,  # the id is known, and so is whose row it is
+        f"{table.name}#b": None,
+    }
+
+
+def test_a_table_that_can_not_be_read_may_hold_any_row(table: Path) -> None:
+    write_rows(table, [{"id": "a", "text": "one"}])
+    source = open_source(SourceSettings(uri=str(table)))
+    table.unlink()
+    assert [row.covers for row in source if isinstance(row, Rejection)] == [f"{table.name}#"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"id": "a", "text": "x"}\n{"id": "b", "te',  # a broken line
+        b'{"id": "a", "text": "x"}\n{"id": "b", "text": "\xff"}',  # mis-encoded
+        codecs.BOM_UTF16_LE + '{"id": "a", "text": "x"}\n'.encode("utf-16-le") + b"\x00\xd8\x00",  # breaks off
+        b'{"id": "a", "text": "x"}\n' + b"x" * 5000,  # too long a line
+    ],
+)
+def test_what_is_hidden_behind_a_broken_jsonl(tmp_path: Path, content: bytes) -> None:
+    assert "t.jsonl#" in hidden(read_text(tmp_path, "t.jsonl", content, max_file_bytes=1000)).values()
+
+
+def test_what_is_hidden_behind_a_hopeless_table(tmp_path: Path) -> None:
+    found = hidden(read_text(tmp_path, "t.jsonl", "".join(f'{{"id": {n}}}\n' for n in range(200))))
+    assert found["t.jsonl#99"] is None
+    assert found["t.jsonl"] == "t.jsonl#"
+
+
+def test_what_is_hidden_behind_a_broken_csv(tmp_path: Path) -> None:
+    assert hidden(read_text(tmp_path, "t.csv", 'id,text\na,one\nb,"two\nc,three\n')) == {"t.csv:3": "t.csv#"}
+    assert hidden(read_text(tmp_path, "t.csv", "id,text\na,one,two\n")) == {"t.csv:2": "t.csv#"}
+    assert hidden(read_text(tmp_path, "t.csv", "key,text\na,one\n")) == {"t.csv": "t.csv#"}
