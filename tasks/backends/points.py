@@ -18,18 +18,22 @@ if TYPE_CHECKING:
 DENSE_VECTOR = "text-dense"
 """The vector name that LlamaIndex's QdrantVectorStore looks for."""
 
-# A float32 travels as the decimals of a Python float, up to 18 digits: 22 KB a point measured at 1024-d.
+# Over REST a float32 travels as the decimals of a Python float, up to 18 digits: 22 KB a point measured at 1024-d.
 _JSON_BYTES_PER_NUMBER = 22
-_JSON_BYTES_PER_POINT = 100  # id, keys and braces
+_GRPC_BYTES_PER_NUMBER = 4
+_BYTES_PER_POINT = 100  # id, keys, braces or tags
 
 # fp16 models leave 1e-3 at most after a float32 normalisation; a vector further off was never normalised.
 _NORM_TOLERANCE = 1e-2
 
 
-def check_points(ids: Sequence[str], vectors: Vectors, payloads: Sequence[Payload], *, dimension: int) -> list[int]:
+def check_points(
+    ids: Sequence[str], vectors: Vectors, payloads: Sequence[Payload], *, dimension: int, over_grpc: bool = False
+) -> list[int]:
     """Refuse nonsense before it is sent, since embedded Qdrant takes what a server refuses; returns each point's size.
 
-    vectors: float32, shape (points, dimension), finite, unit length. Sizes are bytes of the REST request, estimated.
+    vectors: float32, shape (points, dimension), finite, unit length. Sizes are bytes of the request, estimated: the payload
+    as JSON, the vector as decimals or, `over_grpc`, as raw floats.
     Raises StoreRejected, naming the first point at fault.
     """
     if not len(ids) == len(vectors) == len(payloads):
@@ -38,7 +42,8 @@ def check_points(ids: Sequence[str], vectors: Vectors, payloads: Sequence[Payloa
         )
     _check_ids(ids)
     _check_vectors(ids, vectors, dimension=dimension)
-    vector_bytes = dimension * _JSON_BYTES_PER_NUMBER + _JSON_BYTES_PER_POINT
+    number_bytes = _GRPC_BYTES_PER_NUMBER if over_grpc else _JSON_BYTES_PER_NUMBER
+    vector_bytes = dimension * number_bytes + _BYTES_PER_POINT
     return [vector_bytes + measure_payload(point_id, payload) for point_id, payload in zip(ids, payloads, strict=True)]
 
 

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tasks.backends.grpc_points import to_grpc_points
 from tasks.backends.points import DENSE_VECTOR, check_points, measure_payload, split_batches, to_points, to_search_hit
 from tasks.backends.qdrant_calls import CheckedCalls, RetryPolicy
 from tasks.backends.qdrant_collections import (
@@ -19,14 +20,21 @@ from tasks.backends.qdrant_collections import (
     is_ours,
     read_dense_vector,
 )
-from tasks.backends.qdrant_connection import SERVER_HINT, choose_url, connect_server, open_embedded, set_write_ahead_log
+from tasks.backends.qdrant_connection import (
+    SERVER_HINT,
+    choose_url,
+    connect_server,
+    open_embedded,
+    set_write_ahead_log,
+    speaks_grpc,
+)
 from tasks.backends.qdrant_faults import BatchTooLarge
 from tasks.config import QdrantSettings
 from tasks.errors import StoreError, StoreMismatch, StoreMissing, StoreRejected, StoreUnavailable
 from tasks.records import Payload, SearchHit, Vectors
 
 if TYPE_CHECKING:
-    from qdrant_client import QdrantClient, models
+    from qdrant_client import QdrantClient, grpc, models
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +83,7 @@ class QdrantStore:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._client = client
+        self._speaks_grpc = speaks_grpc(client)
         self.is_embedded = is_embedded
         self.calls = CheckedCalls(place, is_embedded=is_embedded, retry=retry, sleep=sleep)
         self._batch_points = batch_points
@@ -187,11 +196,13 @@ class QdrantStore:
         """
         if not ids:
             return
-        sizes = check_points(ids, vectors, payloads, dimension=self._dimension(physical))
+        dimension = self._dimension(physical)
+        sizes = check_points(ids, vectors, payloads, dimension=dimension, over_grpc=self._speaks_grpc)
         if self.is_embedded:
             self._check_embedded_room(physical, ids)
         for batch in split_batches(sizes, max_points=self._batch_points, max_bytes=self._batch_bytes):
-            self._upsert_batch(physical, to_points(ids[batch], vectors[batch], payloads[batch]))
+            convert = to_grpc_points if self._speaks_grpc else to_points
+            self._upsert_batch(physical, convert(ids[batch], vectors[batch], payloads[batch]))
 
     def refresh_payloads(self, physical: str, ids: Sequence[str], payloads: Sequence[Payload]) -> None:
         """Replace the payloads of stored points; their vectors stay. Raises StoreRejected if a point is not there."""
@@ -207,7 +218,7 @@ class QdrantStore:
             ]
             self._update_batch(physical, operations)
 
-    def _upsert_batch(self, physical: str, points: list[models.PointStruct]) -> None:
+    def _upsert_batch(self, physical: str, points: list[models.PointStruct] | list[grpc.PointStruct]) -> None:
         def send() -> None:
             self.calls.check_completed(self._client.upsert(physical, points=points, wait=True))
 

@@ -5,9 +5,11 @@
 | ResourceExhaustedResponse (429 with Retry-After)                 | wait as told         | StoreUnavailable    |
 | ResponseHandlingException (reset, timeout, cut-off answer)       | may be applied       | StoreUnavailable    |
 | 408, 425, 500, 502, 503, 504; UNAVAILABLE, DEADLINE_EXCEEDED ... | come back later      | StoreUnavailable    |
-| 507                                                             | disk or memory full  | StoreUnavailable    |
-| 413, 400 "larger than allowed", message length limits, bare 429  | too much at once     | BatchTooLarge, if   |
+| 507, "No space left on device"                                   | disk or memory full  | StoreUnavailable    |
+| 413, 400 "larger than allowed", message length limits            | too much at once     | BatchTooLarge, if   |
 |                                                                 |                      | it can be split     |
+| bare 429, RESOURCE_EXHAUSTED                                     | too fast or too much | BatchTooLarge, or   |
+|                                                                 |                      | StoreUnavailable    |
 | any other status; ValueError, KeyError of embedded Qdrant        | refused              | StoreRejected       |
 """
 
@@ -28,7 +30,8 @@ _TRANSIENT_STATUS = frozenset({408, 425, 500, 502, 503, 504})
 _TRANSIENT_CODES = frozenset(
     {"UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "ABORTED", "INTERNAL", "UNKNOWN", "CANCELLED"}
 )
-_FULL_DISK_PAUSE_S = 15.0  # 507: somebody has to free space first, a quick retry only adds load
+_FULL_DISK_PAUSE_S = 15.0  # somebody has to free space first, a quick retry only adds load
+_FULL_DISK = re.compile(r"no space left", re.IGNORECASE)  # said with a 500 or INTERNAL, when the WAL can't grow
 
 # "JSON payload (40000000 bytes) is larger than allowed (limit: 33554432 bytes)"; "decoded message length too large";
 # "Sent message larger than max"; strict mode's "larger than rate limiter capacity, please try to split your request".
@@ -36,7 +39,11 @@ _TOO_LARGE = re.compile(r"larger than|length too large|too large|split your requ
 
 
 class BatchTooLarge(StoreRejected):
-    """Too many points or bytes in one request: send fewer."""
+    """Too many points or bytes in one request: send fewer. `is_throttled`: and not at once."""
+
+    def __init__(self, message: str, *, is_throttled: bool = False) -> None:
+        super().__init__(message)
+        self.is_throttled = is_throttled
 
 
 def client_errors() -> tuple[type[Exception], ...]:
@@ -82,13 +89,14 @@ def to_store_error(error: Exception, *, action: str, place: str, can_split: bool
 def _from_status(error: UnexpectedResponse, said: str, can_split: bool) -> StoreError:
     status, told = error.status_code, _read_reason(error)
     message = f"{said}: HTTP {status}: {told}."
+    if status == 507 or (status == 500 and _FULL_DISK.search(told)):
+        return _wait_for_space(message)
     if status in _TRANSIENT_STATUS:
         return StoreUnavailable(message)
-    if status == 507:
-        return StoreUnavailable(f"{message} Free disk space or memory on the server.", retry_after_s=_FULL_DISK_PAUSE_S)
-    if can_split and (status in (413, 429) or (status == 400 and _TOO_LARGE.search(told))):
-        return BatchTooLarge(message)
-    if status == 429:
+    is_too_large = status == 413 or (status in (400, 429) and _TOO_LARGE.search(told) is not None)
+    if can_split and (is_too_large or status == 429):
+        return BatchTooLarge(message, is_throttled=not is_too_large)
+    if status == 429 and not is_too_large:
         return StoreUnavailable(message)
     if status in (401, 403):
         return StoreRejected(f"{message} Set QDRANT_API_KEY to a key that may do this.")
@@ -100,13 +108,21 @@ def _from_rpc(error: grpc.RpcError, said: str, can_split: bool) -> StoreError:
     code = code_of().name if callable(code_of) else "UNKNOWN"
     told = _shorten(str(details_of() or "")) if callable(details_of) else _shorten(str(error))
     message = f"{said}: gRPC {code}: {told}."
-    if can_split and (_TOO_LARGE.search(told) or code == "RESOURCE_EXHAUSTED"):
-        return BatchTooLarge(message)  # with a retry-after the client raises ResourceExhaustedResponse instead
-    if code in _TRANSIENT_CODES and not _TOO_LARGE.search(told):
+    if _FULL_DISK.search(told):
+        return _wait_for_space(message)
+    is_too_large = _TOO_LARGE.search(told) is not None
+    if can_split and (is_too_large or code == "RESOURCE_EXHAUSTED"):
+        # With a retry-after the client raises ResourceExhaustedResponse instead.
+        return BatchTooLarge(message, is_throttled=not is_too_large)
+    if code in _TRANSIENT_CODES and not is_too_large:
         return StoreUnavailable(message)
     if code in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
         return StoreRejected(f"{message} Set QDRANT_API_KEY to a key that may do this.")
     return StoreRejected(message)
+
+
+def _wait_for_space(message: str) -> StoreUnavailable:
+    return StoreUnavailable(f"{message} Free disk space or memory on the server.", retry_after_s=_FULL_DISK_PAUSE_S)
 
 
 def _read_reason(error: UnexpectedResponse) -> str:
