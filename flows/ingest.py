@@ -1,12 +1,13 @@
-"""The ingest flow: documents -> nodes -> partitions -> vectors -> points -> closed books."""
+"""The ingest flow: documents -> nodes -> partitions -> vectors -> points -> ledger -> closed books."""
 
 from __future__ import annotations
 
+import threading
 from collections import deque
-from typing import Any, TypeAlias, cast
+from typing import Any, Generic, TypeVar, cast
 
-from prefect import allow_failure, flow
-from prefect.futures import PrefectFuture
+from prefect import flow
+from prefect.futures import PrefectConcurrentFuture, PrefectFuture
 from prefect.runtime import flow_run
 from prefect.states import Failed
 from prefect.task_runners import ThreadPoolTaskRunner
@@ -20,15 +21,15 @@ from tasks.prepare import prepare
 from tasks.publish import ProgressArtifact, publish_run
 from tasks.records import Partition, PartitionReport, RunSummary
 from tasks.report import hide_credentials
+from tasks.settle import settle_source
 from tasks.start_devices import start_devices
 from tasks.states import complete
-from tasks.upsert import upsert_partition
+from tasks.upsert import count_retries, upsert_partition
 
-# Partitions between the device and Qdrant at most: one on the device, one whose spilled nodes the CPU pool finishes, one
-# on its way to Qdrant. More would only take disk and memory: a stage that is behind holds the others back.
-IN_FLIGHT = 3
+Result = TypeVar("Result")
 
-InFlight: TypeAlias = tuple[Partition, PrefectFuture[PartitionReport], PrefectFuture[int]]
+# One partition on the device, and one whose spilled nodes the CPU pool finishes. More would only take memory.
+EMBEDDING_AT_ONCE = 2
 
 
 def _name_run() -> str:
@@ -40,7 +41,7 @@ def _name_run() -> str:
 @flow(
     name="ingest",
     flow_run_name=_name_run,
-    task_runner=ThreadPoolTaskRunner(max_workers=2 * IN_FLIGHT + 2),  # type: ignore[arg-type]
+    task_runner=ThreadPoolTaskRunner(max_workers=EMBEDDING_AT_ONCE + 4),  # type: ignore[arg-type]
     persist_result=False,
 )
 def ingest(settings: IngestSettings) -> RunSummary:
@@ -50,6 +51,7 @@ def ingest(settings: IngestSettings) -> RunSummary:
         devices = start_devices.submit(run)
         embed_source(run, devices)
         devices.result()  # raises what kept the device from starting
+        settle_source(run)
         summary, off = run.close_books()
     finally:
         run.close()
@@ -60,37 +62,90 @@ def ingest(settings: IngestSettings) -> RunSummary:
         names = ", ".join(r.doc_id for r in summary.rejections if r.status == "failed")
         message = f"{summary.books.documents_failed} of {summary.books.documents_seen} documents failed: {names[:500]}"
         return cast(RunSummary, Failed(name="DocumentsFailed", message=message))
-    return complete(summary, f"{summary.books.points_counted} points counted in {summary.collection}")
+    counted = f"{summary.books.points_counted} points counted in {summary.collection}"
+    if summary.books.documents_withheld:
+        return complete(summary, f"{' '.join(summary.notes)} {counted}", name="DeletesWithheld")
+    return complete(summary, counted)
 
 
 def embed_source(run: IngestRun, devices: PrefectFuture[str]) -> None:
-    """Three stages side by side: a partition is chunked while the one before is embedded and the one before that stored."""
-    progress = ProgressArtifact(run.settings.qdrant.collection)
-    in_flight: deque[InFlight] = deque()
-    chunked = chunk_partition.submit(run, 0)
-    while (partition := chunked.result()) is not None:
-        chunked = chunk_partition.submit(run, partition.index + 1)
-        devices.result()
-        embedded = embed_partition.submit(run, partition)
-        # Where some nodes failed to embed, the others are stored all the same.
-        stored = upsert_partition.submit(run, partition, wait_for=[allow_failure(embedded)])  # type: ignore[call-overload]
-        in_flight.append((partition, embedded, stored))
-        if len(in_flight) >= IN_FLIGHT:
-            finish_partition(run, progress, *in_flight.popleft())
-    while in_flight:
-        finish_partition(run, progress, *in_flight.popleft())
+    """Three stages side by side: a partition is chunked while the one before is embedded and those before it stored."""
+    stages = Stages(run)
+    chunked = stages.follow(chunk_partition.submit(run, 0))
+    while True:
+        stages.advance()
+        if chunked.is_done and not stages.is_full():
+            partition = chunked.future.result()
+            if partition is None:
+                break
+            chunked = stages.follow(chunk_partition.submit(run, partition.index + 1))
+            devices.result()
+            stages.embed(partition)
+        else:
+            stages.wait()
+    while stages.is_busy():
+        stages.wait()
+        stages.advance()
 
 
-def finish_partition(
-    run: IngestRun,
-    progress: ProgressArtifact,
-    partition: Partition,
-    embedded: PrefectFuture[PartitionReport],
-    stored: PrefectFuture[int],
-) -> None:
-    """Wait until the partition is in Qdrant. Failed nodes are in its report; an error that left none ends the run here."""
-    embedded.wait()
-    if partition.index not in run.reports:
-        embedded.result()
-    stored.result()
-    progress.update(partition)
+class Followed(Generic[Result]):
+    """A task under way; `wake` is set when it ends."""
+
+    def __init__(self, future: PrefectConcurrentFuture[Result], wake: threading.Event) -> None:
+        self.future = future
+        self.is_done = False
+        self._wake = wake
+        future.add_done_callback(self._end)
+
+    def _end(self, _future: PrefectFuture[Result]) -> None:
+        self.is_done = True
+        self._wake.set()
+
+
+class Stages:
+    """Partitions on the device, embedded ones that wait for Qdrant in the spool, and the one on its way into it.
+
+    Qdrant away holds up only the last stage, until the spool is full.
+    """
+
+    def __init__(self, run: IngestRun) -> None:
+        self._run = run
+        self._progress = ProgressArtifact(run.settings.qdrant.collection)
+        self._wake = threading.Event()
+        self._embedding: deque[tuple[Partition, Followed[PartitionReport]]] = deque()
+        self._embedded: deque[Partition] = deque()
+        self._storing: tuple[Partition, Followed[int]] | None = None
+        self._upsert = upsert_partition.with_options(retries=count_retries(run.settings.qdrant.outage_s))
+
+    def follow(self, future: PrefectFuture[Result]) -> Followed[Result]:
+        return Followed(cast("PrefectConcurrentFuture[Result]", future), self._wake)
+
+    def embed(self, partition: Partition) -> None:
+        self._embedding.append((partition, self.follow(embed_partition.submit(self._run, partition))))
+
+    def advance(self) -> None:
+        """Hand on whatever a stage is done with. Raises what ended a stage for good."""
+        while self._embedding and self._embedding[0][1].is_done:
+            partition, embedded = self._embedding.popleft()
+            if partition.index not in self._run.reports:
+                embedded.future.result()  # failed nodes are in its report; an error that left none ends the run here
+            self._embedded.append(partition)
+        if self._storing is not None and self._storing[1].is_done:
+            partition, stored = self._storing
+            stored.future.result()
+            self._storing = None
+            self._progress.update(partition)
+        if self._storing is None and self._embedded:
+            partition = self._embedded.popleft()
+            self._storing = partition, self.follow(self._upsert.submit(self._run, partition))
+
+    def is_full(self) -> bool:
+        return len(self._embedding) >= EMBEDDING_AT_ONCE or (bool(self._embedded) and self._run.is_spool_full())
+
+    def is_busy(self) -> bool:
+        return bool(self._embedding or self._embedded or self._storing)
+
+    def wait(self) -> None:
+        """Until some task has ended."""
+        self._wake.wait()
+        self._wake.clear()

@@ -14,6 +14,7 @@ from prefect.artifacts import (
 )
 from prefect.events import emit_event
 
+from tasks.policy.delete_guard import DeleteDecision
 from tasks.records import LadderStep, Partition, PartitionReport, RunSummary
 from tasks.report import (
     describe_steps,
@@ -68,18 +69,35 @@ def publish_ladder(collection: str, report: PartitionReport) -> None:
         _emit_step(collection, report.index, step)
 
 
+def publish_withheld(collection: str, decision: DeleteDecision) -> None:
+    """An event that an automation can react to: somebody has to look and confirm."""
+    emit_event(
+        event="ballast.deletes.withheld",
+        resource=_to_resource(collection),
+        payload={
+            "documents": len(decision.withheld),
+            "first": [record.doc_id for record in decision.withheld[:20]],
+            "reason": decision.reason,
+        },
+    )
+
+
 def to_key(collection: str) -> str:
     """An artifact's key holds lower-case letters, digits and dashes only."""
     return re.sub(r"[^a-z0-9]+", "-", collection.lower()).strip("-") or "collection"
 
 
+def _to_resource(collection: str) -> dict[str, str]:
+    return {
+        "prefect.resource.id": f"ballast.collection.{to_key(collection)}",
+        "prefect.resource.name": collection,
+    }
+
+
 def _emit_step(collection: str, partition_index: int, step: LadderStep) -> None:
     emit_event(
         event=f"ballast.ladder.{step.kind}",
-        resource={
-            "prefect.resource.id": f"ballast.collection.{to_key(collection)}",
-            "prefect.resource.name": collection,
-        },
+        resource=_to_resource(collection),
         payload={
             "partition": partition_index,
             "reason": step.reason,

@@ -392,6 +392,7 @@ class RunSummary:
     tokens: int
     seconds: Mapping[str, float]  # by stage: total, prepare, chunk, embed, upsert, orchestration
     budget_series: Sequence[BudgetMark] = ()  # shown next to memory_series
+    notes: Sequence[str] = ()  # what a person should read: deletes withheld, a collection rebuilt or switched
 
     @property
     def spilled_fraction(self) -> float:
@@ -466,3 +467,54 @@ class SearchHit:
     start_char: int | None
     end_char: int | None
     metadata: Mapping[str, Any]
+
+
+# ---------------------------------------------------------------------------------------------- verify
+
+FindingKind = Literal[
+    "missing_document",
+    "surplus_document",  # it left the source
+    "stale_document",
+    "half_written",
+    "missing_points",
+    "surplus_points",
+    "other_generation",
+    "orphan_points",  # no ledger record, or nothing in them that says whose they are
+    "wrong_dimension",
+    "bad_vector",  # not finite, or not of unit length
+    "unreadable",
+]
+Repair = Literal["ingest", "delete_points", "delete_document", "write_ledger", "nothing"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is off with one document, and what mends it (an ingest follows every repair that needs one)."""
+
+    kind: FindingKind
+    source: str
+    doc_id: str
+    expected: str
+    found: str
+    repair: Repair
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What `ballast verify` prints. Nothing is left where source, ledger and points agree."""
+
+    collection: str
+    physical_collection: str
+    source: str  # empty where only ledger and points were compared
+    documents: int
+    points: int
+    parked: int  # documents that are not tried any more; no finding while their content stays
+    found: Sequence[Finding]
+    repaired: Sequence[Finding]
+    left: Sequence[Finding]  # all that was found, where nothing was to be repaired
+    notes: Sequence[str] = ()  # what was withheld and why, and which source was not known
+    seconds: float = 0.0
+
+    @property
+    def is_clean(self) -> bool:
+        return not self.left

@@ -1,18 +1,21 @@
-"""Task: upsert one partition's points and count them."""
+"""Task: upsert one partition's points and commit the documents that are whole with them."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
-from prefect.tasks import Task, exponential_backoff
+from prefect.tasks import Task
 
-from tasks.engine.ingest_run import IngestRun
+from tasks.engine.ingest_run import UPSERT_PATIENCE_S, IngestRun
 from tasks.errors import StoreUnavailable
 from tasks.records import Partition
 from tasks.states import complete
+
+RETRY_DELAYS_S = [5.0, 10.0, 20.0, 30.0]  # the last one from then on
 
 
 def is_transient(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
@@ -21,11 +24,17 @@ def is_transient(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> boo
     return isinstance(result, StoreUnavailable)
 
 
+def count_retries(outage_s: float) -> int:
+    """How many tries, with the delays between them, last as long as an outage that is waited for."""
+    first_s = sum(RETRY_DELAYS_S) + len(RETRY_DELAYS_S) * UPSERT_PATIENCE_S
+    rest = math.ceil(max(0.0, outage_s - first_s) / (RETRY_DELAYS_S[-1] + UPSERT_PATIENCE_S))
+    return (len(RETRY_DELAYS_S) if outage_s else 0) + rest
+
+
 @task(
     name="upsert",
     task_run_name="upsert partition {partition.index}",
-    retries=4,
-    retry_delay_seconds=exponential_backoff(backoff_factor=5),
+    retry_delay_seconds=RETRY_DELAYS_S,
     retry_jitter_factor=0.5,
     retry_condition_fn=is_transient,
     cache_policy=NO_CACHE,
@@ -33,5 +42,5 @@ def is_transient(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> boo
 )
 def upsert_partition(run: IngestRun, partition: Partition) -> int:
     """The vectors are in the spool: a retry repeats no device work, and point ids make the writes repeatable."""
-    counted = run.upsert_partition(partition)
-    return complete(counted, f"{counted} points stored and counted")
+    stored = run.upsert_partition(partition)
+    return complete(stored, f"{stored} points stored")

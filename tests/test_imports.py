@@ -24,8 +24,10 @@ WRAPPED: dict[str, set[str]] = {
     "nvml": {"pynvml"},
     "process_encoder": {"transformers"},
     "processes": set(),
+    "fake_qdrant_grpc": {"qdrant_client", "grpc"},
     "fake_qdrant_server": {"qdrant_client"},
     "filesystem": {"fsspec"},
+    "grpc_points": {"qdrant_client"},
     "pieces": set(),
     "points": {"qdrant_client"},
     "qdrant": {"qdrant_client"},
@@ -35,7 +37,7 @@ WRAPPED: dict[str, set[str]] = {
     "qdrant_faults": {"qdrant_client", "grpc"},
     "readers": {"bs4", "docx2txt", "fsspec", "markdownify", "pypdf", "yaml"},
     "sources": {"fsspec"},
-    "spool": {"pyarrow", "fsspec"},
+    "spool": {"pyarrow", "fsspec", "portalocker"},
     "tables": {"pyarrow", "fsspec"},
     "texts": set(),
     "tokenizer": {"tokenizers", "transformers"},
@@ -116,7 +118,15 @@ def allowed_for(path: Path) -> set[str]:
         case ("tasks", "engine", _):
             return (
                 STDLIB
-                | {"numpy", "tasks.policy", "tasks.backends", "tasks.engine", "tasks.config", "tasks.observe"}
+                | {
+                    "numpy",
+                    "tenacity",
+                    "tasks.policy",
+                    "tasks.backends",
+                    "tasks.engine",
+                    "tasks.config",
+                    "tasks.observe",
+                }
                 | BASE
             )
         case ("tasks", _):

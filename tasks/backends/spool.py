@@ -17,12 +17,13 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.errors import SpoolError
+from tasks.errors import SpoolError, StoreLocked
 from tasks.records import Node, Partition, TokenIds, Vectors
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class SpoolFolder:
                 "written, or to a URL whose fsspec driver is installed."
             ) from error
         self.url = url
+        self._lock: IO[str] | None = None
 
     def write_partition(self, index: int, nodes: Sequence[Node], source_fraction: float) -> Partition:
         """Spool nodes, longest first (equal lengths keep their order), as one Parquet file with checksummed pages."""
@@ -141,6 +143,38 @@ class SpoolFolder:
             raise SpoolError(
                 f"{partition.path} can't be removed ({error}). Its points are stored: remove it by hand."
             ) from error
+
+    def measure(self) -> int:
+        """Bytes of all its own files."""
+        self._files.invalidate_cache(self._folder)
+        return sum(
+            int(each["size"] or 0) for each in self._files.ls(self._folder, detail=True) if _is_own(each["name"])
+        )
+
+    def lock(self, what: str) -> None:
+        """Keep other runs out of this folder until unlock() or the end of the process; only on a local disk.
+
+        Raises StoreLocked: two runs of one source would clear away each other's partitions.
+        """
+        import fsspec.implementations.local
+        import portalocker
+
+        if not isinstance(self._files, fsspec.implementations.local.LocalFileSystem):
+            return
+        lock = Path(self._folder, ".lock").open("a")  # noqa: SIM115  held until unlock()
+        try:
+            portalocker.lock(lock, portalocker.LockFlags.EXCLUSIVE | portalocker.LockFlags.NON_BLOCKING)
+        except portalocker.exceptions.LockException as error:
+            lock.close()
+            raise StoreLocked(
+                f"Another run ingests {what} at this moment, in the spool {self.url}. Wait for it or stop it."
+            ) from error
+        self._lock = lock
+
+    def unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def list_embedded(self) -> list[Partition]:
         """Partitions that have vectors: embedded by a run that ended before it stored them. Torn files are left out."""

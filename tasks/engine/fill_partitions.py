@@ -9,7 +9,7 @@ from typing import Protocol
 
 from tasks.policy.books import Ledgerbook
 from tasks.policy.partitions import PartitionBuilder
-from tasks.records import ChunkedDocument, Node, Partition, Payload, Rejection
+from tasks.records import ChunkedDocument, LedgerRecord, Node, Partition, Payload, Rejection
 
 LOOKUP_NODES = (
     512  # ids of one look-up: Qdrant answers a thousand as fast as ten, a run that starts should not wait for more
@@ -17,11 +17,21 @@ LOOKUP_NODES = (
 
 
 class StoredNodes(Protocol):
-    """What is in the collection already; tasks/backends/qdrant.py bound to a collection."""
+    """What is in the collection already; engine/collection.py."""
 
     def existing_generations(self, ids: Sequence[str]) -> Mapping[str, str]: ...
 
     def refresh_payloads(self, ids: Sequence[str], payloads: Sequence[Payload]) -> None: ...
+
+
+class OpenDocuments(Protocol):
+    """Follows documents from here to their commit; engine/commit.py."""
+
+    def open_documents(self, documents: Iterable[ChunkedDocument], records: Mapping[str, LedgerRecord]) -> None: ...
+
+    def begin(self, doc_ids: Iterable[str]) -> None: ...
+
+    def judge(self, rejection: Rejection, record: LedgerRecord | None) -> tuple[Rejection, bool]: ...
 
 
 class PartitionSpool(Protocol):
@@ -35,6 +45,9 @@ class Progress:
     total_bytes: int
     seen_bytes: int = 0
 
+    def add(self, source_bytes: int) -> None:
+        self.seen_bytes += source_bytes
+
     @property
     def fraction(self) -> float:
         return min(1.0, self.seen_bytes / self.total_bytes) if self.total_bytes else 0.0
@@ -43,6 +56,8 @@ class Progress:
 def select_new_nodes(
     chunked: Iterable[ChunkedDocument | Rejection],
     stored: StoredNodes,
+    committer: OpenDocuments,
+    take_record: Callable[[str], LedgerRecord | None],
     books: Ledgerbook,
     lock: threading.Lock,
     progress: Progress,
@@ -50,29 +65,44 @@ def select_new_nodes(
     """The nodes to embed. A node whose id is stored keeps its vector; its payload is renewed where the document changed.
 
     Every document and rejection is entered in the books as it goes by; `lock` guards them against the other stages.
+    `take_record`: what the ledger had of a document when the run looked.
     """
-    waiting: list[Node] = []
+    waiting: list[ChunkedDocument] = []
+    nodes = 0
     for item in chunked:
-        progress.seen_bytes += item.source_bytes
+        progress.add(item.source_bytes)
+        record = take_record(item.doc_id)
+        if isinstance(item, Rejection):
+            rejection, is_parked = committer.judge(item, record)
+            with lock:
+                books.reject(rejection, is_parked=is_parked)
+            continue
         with lock:
-            if isinstance(item, Rejection):
-                books.reject(item)
-                continue
             books.plan_document(item.doc_id, len(item.nodes))
-        waiting.extend(item.nodes)
-        if len(waiting) >= LOOKUP_NODES:
-            yield from _drop_stored(waiting, stored, books, lock)
-            waiting = []
-    yield from _drop_stored(waiting, stored, books, lock)
+        committer.open_documents([item], {} if record is None else {item.doc_id: record})
+        waiting.append(item)
+        nodes += len(item.nodes)
+        if nodes >= LOOKUP_NODES:
+            yield from _drop_stored(waiting, stored, committer, books, lock)
+            waiting, nodes = [], 0
+    yield from _drop_stored(waiting, stored, committer, books, lock)
 
 
-def _drop_stored(nodes: list[Node], stored: StoredNodes, books: Ledgerbook, lock: threading.Lock) -> list[Node]:
+def _drop_stored(
+    documents: list[ChunkedDocument],
+    stored: StoredNodes,
+    committer: OpenDocuments,
+    books: Ledgerbook,
+    lock: threading.Lock,
+) -> list[Node]:
+    nodes = [node for document in documents for node in document.nodes]
     if not nodes:
         return []
     generations = stored.existing_generations([node.node_id for node in nodes])
     known = [node for node in nodes if node.node_id in generations]
     outdated = [node for node in known if generations[node.node_id] != node.generation]
     if outdated:
+        committer.begin(node.doc_id for node in outdated)
         stored.refresh_payloads([node.node_id for node in outdated], [node.payload for node in outdated])
     with lock:
         for node in known:

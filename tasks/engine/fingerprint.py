@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from importlib.metadata import version
+from typing import Any
 
 from tasks.backends.readers import read_file
 from tasks.backends.tokenizer import NodeTokenizer, export_tokenizer
 from tasks.config import IngestSettings
 from tasks.engine.chunk import ChunkSpec
-from tasks.policy.identity import compute_fingerprint
 from tasks.records import ModelFiles
 
 # Their versions decide the text of a document or where it is cut. A new version of any other package changes no vector.
@@ -20,26 +20,24 @@ def find_tokenizer(files: ModelFiles, data_folder: str) -> str:
     return export_tokenizer(files.path, files.revision, f"{data_folder}/tokenizers")
 
 
-def compute_run_fingerprint(settings: IngestSettings, files: ModelFiles, tokenizer_file: str) -> str:
-    """Hash of model, precision, pooling, chunker, tokenizer, prompts and parsers. Raises ModelError.
+def describe_recipe(settings: IngestSettings, files: ModelFiles, tokenizer_file: str) -> dict[str, Any]:
+    """Model, precision, pooling, chunker, tokenizer, prompts and parsers: the fingerprint is its hash. Raises ModelError.
 
     The precision is the knob's, not the device's: under `auto` a GPU's fp16 and a CPU's fp32 vectors agree and share a
     collection. `chunking.workers` decides nothing but the time.
     """
     tokenizer = NodeTokenizer(files.path, tokenizer_file=tokenizer_file)
-    return compute_fingerprint(
-        {
-            "revision": files.revision,
-            "precision": settings.embedding.precision,
-            "pooling": files.pooling,
-            "dimension": files.dimension,
-            "max_tokens": files.max_tokens,
-            "document_prompt": files.document_prompt,
-            "tokenizer": tokenizer.digest,
-            "chunking": settings.chunking.model_dump(mode="json", exclude={"workers"}),
-            "parsers": {name: version(name) for name in PARSERS},
-        }
-    )
+    return {
+        "revision": files.revision,
+        "precision": settings.embedding.precision,
+        "pooling": files.pooling,
+        "dimension": files.dimension,
+        "max_tokens": files.max_tokens,
+        "document_prompt": files.document_prompt,
+        "tokenizer": tokenizer.digest,
+        "chunking": settings.chunking.model_dump(mode="json", exclude={"workers"}),
+        "parsers": {name: version(name) for name in PARSERS},
+    }
 
 
 def make_chunk_spec(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import threading
@@ -12,72 +13,37 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tasks.backends.model_files import resolve_model
 from tasks.backends.nvml import MemorySampler
-from tasks.backends.qdrant import QdrantStore, open_store
+from tasks.backends.qdrant import open_store
+from tasks.backends.readers import hash_content
 from tasks.backends.sources import Source, open_source
 from tasks.backends.spool import SpoolFolder
 from tasks.config import IngestSettings
 from tasks.engine.chunk import ChunkSpec, count_workers, iter_chunked
+from tasks.engine.collection import STOPPED, RunCollection
+from tasks.engine.commit import Committer, Settled
 from tasks.engine.devices import Devices, start_devices
 from tasks.engine.embedded import MISSING, ON_CPU, ON_DEVICE, Embedded
 from tasks.engine.fill_partitions import Progress, fill_partitions, select_new_nodes
-from tasks.engine.fingerprint import compute_run_fingerprint, find_tokenizer, make_chunk_spec
+from tasks.engine.fingerprint import describe_recipe, find_tokenizer, make_chunk_spec
+from tasks.engine.select_changed import ChangeSelector
 from tasks.errors import BooksDontClose, RunStopped, SpoolError
 from tasks.observe import Observer, current_observer
 from tasks.policy.books import Ledgerbook
+from tasks.policy.identity import compute_fingerprint
 from tasks.policy.partitions import MIN_PARTITION_TOKENS, PartitionBuilder, choose_partition_tokens
-from tasks.records import Books, ModelFiles, Node, Partition, PartitionReport, Payload, RunSummary
+from tasks.records import Books, ModelFiles, Node, Partition, PartitionReport, RunSummary, Vectors
 
 logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 
+# The task that stores a partition is repeated by Prefect, which shows it: see tasks/upsert.py.
+UPSERT_PATIENCE_S = 20.0
 NOTHING_TO_EMBED = "nothing new to embed: no model was loaded"
-
-
-class Collection:
-    """The collection a run writes to, made with its first points: a run that fails before leaves none that binds the next.
-
-    An empty collection would carry the fingerprint of settings that never worked, and refuse those that do.
-    """
-
-    def __init__(self, store: QdrantStore, name: str, files: ModelFiles, fingerprint: str) -> None:
-        """Raises StoreMismatch where `name` is of another dimension, fingerprint or owner."""
-        self.store = store
-        self.name = name
-        self._files = files
-        self._fingerprint = fingerprint
-        self._lock = threading.Lock()
-        self.physical = store.check_collection(
-            name, dimension=files.dimension, fingerprint=fingerprint, model=files.name, revision=files.revision
-        )
-        self._is_made = False
-        if {name, self.physical} & set(store.list_collections()):
-            self.make()  # there already: completed where an earlier run was killed while it made it
-
-    def make(self) -> None:
-        """Make it unless it is there; safe to call from several threads."""
-        with self._lock:
-            if not self._is_made:
-                self.store.prepare_collection(
-                    self.name,
-                    dimension=self._files.dimension,
-                    fingerprint=self._fingerprint,
-                    model=self._files.name,
-                    revision=self._files.revision,
-                )
-                self._is_made = True
-
-    def count(self) -> int:
-        return self.store.count(self.physical) if self._is_made else 0
-
-    def existing_generations(self, ids: Sequence[str]) -> Mapping[str, str]:
-        return self.store.existing_generations(self.physical, ids) if self._is_made else {}
-
-    def refresh_payloads(self, ids: Sequence[str], payloads: Sequence[Payload]) -> None:
-        self.store.refresh_payloads(self.physical, ids, payloads)
 
 
 class IngestRun:
@@ -88,10 +54,12 @@ class IngestRun:
         settings: IngestSettings,
         files: ModelFiles,
         source: Source,
-        collection: Collection,
+        collection: RunCollection,
         spec: ChunkSpec,
         observer: Observer,
+        stop: threading.Event | None = None,
     ) -> None:
+        """`stop`, once set, ends every stage at its next node, micro-batch or wait; close() sets it."""
         self.settings = settings
         self.files = files
         self.source = source
@@ -100,28 +68,45 @@ class IngestRun:
         self.physical = collection.physical
         self.fingerprint = spec.fingerprint
         self.observer = observer
-        self.spool = SpoolFolder(f"{settings.spool or f'{settings.data_folder}/spool'}/{self.physical}")
+        # A folder a source: another one may be ingested into the same collection at the same time.
+        source_part = hashlib.sha256(collection.source.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+        self.spool = SpoolFolder(f"{settings.spool or f'{settings.data_folder}/spool'}/{self.physical}/{source_part}")
+        self.spool.lock(f"{settings.qdrant.collection!r} from {source.name}")
         self.books = Ledgerbook()
+        self.notes: list[str] = []
         self.reports: dict[int, PartitionReport] = {}
+        self._stored: set[int] = set()
         self.sampler = MemorySampler()
         self.devices: Devices | None = None
         self._books_lock = threading.Lock()
         self._devices_lock = threading.Lock()
         self._source_lock = threading.Lock()
-        self._stop = threading.Event()
+        self._stop = stop or threading.Event()
         self._devices_wanted = threading.Event()
         self._devices_ready = threading.Event()
         self._exhausted = False
-        self._points_counted = 0
+        self._settled: Settled | None = None
         self._points_to_come: int | None = None
         self._started = time.monotonic()
         self._stage_seconds: defaultdict[str, float] = defaultdict(float)
         progress = Progress(source.total_bytes())
-        self._chunked = iter_chunked(iter(source), spec, count_workers(settings.chunking.workers))
+        self.committer = Committer(collection, self.books, self._books_lock, max_attempts=settings.source.max_attempts)
+        self._selector = ChangeSelector(
+            collection,
+            lambda ref: hash_content(ref, settings.source),
+            self.books,
+            self._books_lock,
+            progress,
+            max_attempts=settings.source.max_attempts,
+        )
+        self._selected = self._selector.select(self._watch_for_stop(iter(source)))
+        self._chunked = iter_chunked(self._selected, spec, count_workers(settings.chunking.workers))
         # Documents are watched, not only nodes: a source with nothing new in it yields no node until its end.
         nodes = select_new_nodes(
             self._watch_for_stop(self._chunked),
             collection,
+            self.committer,
+            self._selector.take,
             self.books,
             self._books_lock,
             progress,
@@ -206,15 +191,20 @@ class IngestRun:
         return report
 
     def upsert_partition(self, partition: Partition) -> int:
-        """Points into Qdrant, counted exactly; can be repeated. Returns how many are there."""
-        with self._timed("upsert"):
-            stored = self._store_points(partition)
-            counted = self.store.count_ids(self.physical, [node.node_id for node in stored])
+        """Points into Qdrant, and every document committed that is whole with them; can be repeated. Returns the points."""
+        with self._timed("upsert"), self.collection.patient_for(UPSERT_PATIENCE_S):
+            nodes, rows, vectors = self._read_embedded(partition)
+            self.committer.begin(node.doc_id for node in nodes)
+            self._upsert(nodes, rows, vectors)
         with self._books_lock:
-            self.books.store_nodes(node.doc_id for node in stored)
-            self._points_counted += counted
+            # Once, also where the commit below fails and this is repeated.
+            if partition.index not in self._stored:
+                self._stored.add(partition.index)
+                self.books.store_nodes(nodes[row].doc_id for row in rows)
+        with self._timed("commit"), self.collection.patient_for(UPSERT_PATIENCE_S):
+            self.committer.commit_whole()
         self.spool.remove_partition(partition)
-        return counted
+        return len(rows)
 
     def store_leftovers(self) -> int:
         """Store what an earlier run of this collection embedded and could not store; returns how many points.
@@ -224,28 +214,56 @@ class IngestRun:
         points = 0
         for partition in self.spool.list_embedded():
             with self._timed("upsert"):
-                points += len(self._store_points(partition))
+                nodes, rows, vectors = self._read_embedded(partition)
+                self.committer.begin_leftovers(nodes)
+                self._upsert(nodes, rows, vectors)
+                self.collection.is_empty = False
+                points += len(rows)
         self.spool.clear()
         if points:
             self.observer.note(f"{points} points stored that an earlier run had embedded and could not store")
         return points
 
-    def _store_points(self, partition: Partition) -> list[Node]:
+    def is_spool_full(self) -> bool:
+        """Whether what waits for Qdrant takes all the room that it may; the device waits then."""
+        return self.spool.measure() >= self.settings.spool_max_bytes
+
+    def settle(self) -> Settled:
+        """After the last partition: failures into the ledger, deletes propagated or withheld, points counted."""
+        with self._timed("settle"):
+            self._settled = settled = self.committer.settle(self.settings.deletes)
+        if settled.decision.withheld:
+            self.tell(f"deletes withheld: {settled.decision.reason}")
+        return settled
+
+    def switch(self, books: Books) -> None:
+        """Where this run has rebuilt the collection and the books close: the alias points to the new one from now on."""
+        told = self.collection.switch(documents_failed=books.documents_failed)
+        if told:
+            self.tell(told)
+
+    def tell(self, note: str) -> None:
+        self.notes.append(note)
+        self.observer.note(note)
+
+    def _read_embedded(self, partition: Partition) -> tuple[list[Node], NDArray[np.int64], Vectors]:
         nodes = self.spool.read_partition(partition)
         embedded = self.spool.read_vectors(partition)
         if embedded is None:
             raise SpoolError(f"Partition {partition.index} has no vectors in the spool {self.spool.url}. Run again.")
-        rows, vectors = embedded
+        return nodes, *embedded
+
+    def _upsert(self, nodes: Sequence[Node], rows: NDArray[np.int64], vectors: Vectors) -> None:
         stored = [nodes[row] for row in rows]
-        self.collection.make()
-        ids = [node.node_id for node in stored]
-        self.store.upsert(self.physical, ids, vectors, [node.payload for node in stored])
-        return stored
+        self.collection.upsert([node.node_id for node in stored], vectors, [node.payload for node in stored])
 
     def close_books(self) -> tuple[RunSummary, tuple[str, ...]]:
         """The run's summary, and every line of its books that is off."""
+        settled = self._settled
+        if settled is None:
+            raise RuntimeError("close_books before settle")
         with self._books_lock:
-            books, off = self.books.close(self._points_counted + self.books.nodes_reused)
+            books, off = self.books.close(settled.points_counted, settled.points_expected)
         self._stage_seconds["total"] = time.monotonic() - self._started
         return self._summarise(books), off
 
@@ -261,7 +279,9 @@ class IngestRun:
             self._partitions.close()
             # By hand: where an error ended a later stage, its traceback keeps this generator and its processes alive.
             self._chunked.close()
+            self._selected.close()
         self.sampler.stop()
+        self.spool.unlock()
         self.store.close()
 
     # ------------------------------------------------------------------------------------------ parts
@@ -273,9 +293,11 @@ class IngestRun:
 
     def _refuse_if_stopped(self) -> None:
         if self._stop.is_set():
-            raise RunStopped("The run was told to stop. Run it again: what is stored is not embedded twice.")
+            raise RunStopped(STOPPED)
 
     def _refuse_without_room(self, partition: Partition) -> None:
+        if not self.store.is_embedded:
+            return
         if self._points_to_come is None:
             # Before the first partition nothing of this run is stored; its nodes are new, so they add up from here on.
             self._points_to_come = self.collection.count()
@@ -331,6 +353,7 @@ class IngestRun:
             budget_series=self.devices.budget_series if self.devices else (),
             tokens=sum(report.tokens for report in reports),
             seconds=dict(self._stage_seconds),
+            notes=tuple(self.notes),
         )
 
 
@@ -345,16 +368,26 @@ def open_run(settings: IngestSettings, environment: Mapping[str, str] | None = N
     observer.stage("model", settings.embedding.model)
     files = resolve_model(settings.embedding.model, settings.embedding.revision)
     tokenizer_file = find_tokenizer(files, settings.data_folder)
-    fingerprint = compute_run_fingerprint(settings, files, tokenizer_file)
-    spec = make_chunk_spec(settings, files, tokenizer_file, fingerprint)
+    recipe = describe_recipe(settings, files, tokenizer_file)
+    fingerprint = compute_fingerprint(recipe)
+    spec = make_chunk_spec(settings, files, tokenizer_file, fingerprint, source.key)
     observer.stage("collection", settings.qdrant.collection)
+    stop = threading.Event()
     store = open_store(settings.qdrant, settings.data_folder, environment=environment or os.environ)
     try:
-        collection = Collection(store, settings.qdrant.collection, files, spec.fingerprint)
-        run = IngestRun(settings, files, source, collection, spec, observer)
-        run.store_leftovers()
+        collection = RunCollection(
+            store, settings.qdrant, files, fingerprint, source.key, recipe=recipe, stop=stop, note=observer.note
+        )
+        run = IngestRun(settings, files, source, collection, spec, observer, stop)
     except BaseException:
         store.close()
+        raise
+    try:
+        if collection.plan.is_rebuild:
+            run.tell(collection.plan.reason)
+        run.store_leftovers()
+    except BaseException:
+        run.close()
         raise
     return run
 
@@ -365,8 +398,8 @@ def refuse_open_books(off: Sequence[str]) -> None:
         raise BooksDontClose(
             "The books of this run don't close: "
             + "; ".join(off)
-            + ". Nothing was deleted; run the same command again, "
-            "stored nodes are not embedded twice. If it persists, report it with the run's --json."
+            + ". Run the same command again, stored nodes are not embedded twice; `ballast verify --repair` finds what is "
+            "wrong and mends it. If it persists, report it with the run's --json."
         )
 
 
