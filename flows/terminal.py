@@ -119,6 +119,9 @@ class Terminal:
         partitions = limit_rows(tabulate_partitions(summary.partitions), SHOWN_PARTITIONS)
         rejections = tabulate_rejections(summary.rejections, SHOWN_REJECTIONS)
         run = tabulate_run(summary, off)
+        if self.quiet:  # else they have been shown as they came
+            for note in summary.notes:
+                self.print_notice(note)
         if not self.is_rich:
             # The partitions' lines have been written as they came; a quiet pipe gets them here.
             self.print_tables(*([partitions] if self.quiet else []), rejections)

@@ -31,15 +31,17 @@ REJECTION_ROWS = 100
 
 
 def tabulate_documents(books: Books) -> Table:
-    """Documents: seen = unchanged + written + failed + skipped."""
+    """Documents: seen = unchanged + written + failed + skipped; apart from these, what has left the source."""
     row = (
         books.documents_seen,
         books.documents_unchanged,
         books.documents_written,
         books.documents_failed,
         books.documents_skipped,
+        books.documents_deleted,
+        books.documents_withheld,
     )
-    names = ("seen", "unchanged", "written", "failed", "skipped")
+    names = ("seen", "unchanged", "written", "failed", "skipped", "deleted", "withheld")
     return Table("documents", "Documents", [Column(name, name) for name in names], [row])
 
 
@@ -335,6 +337,7 @@ def render_report(summary: RunSummary, off: Sequence[str] | None = None) -> str:
         f"{format_value(summary.spilled_fraction, 'fraction')} of the nodes spilled to the CPU",
         f"- time: {describe_times(summary.seconds)}",
         f"- {describe_memory(summary)}",
+        *(f"- **note:** {escape_markdown(note)}" for note in summary.notes),
         "",
     ]
     sections = [tabulate_documents(summary.books), tabulate_nodes(summary.books)]

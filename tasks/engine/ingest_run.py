@@ -236,12 +236,6 @@ class IngestRun:
             self.tell(f"deletes withheld: {settled.decision.reason}")
         return settled
 
-    def switch(self, books: Books) -> None:
-        """Where this run has rebuilt the collection and the books close: the alias points to the new one from now on."""
-        told = self.collection.switch(documents_failed=books.documents_failed)
-        if told:
-            self.tell(told)
-
     def tell(self, note: str) -> None:
         self.notes.append(note)
         self.observer.note(note)
@@ -258,12 +252,15 @@ class IngestRun:
         self.collection.upsert([node.node_id for node in stored], vectors, [node.payload for node in stored])
 
     def close_books(self) -> tuple[RunSummary, tuple[str, ...]]:
-        """The run's summary, and every line of its books that is off."""
+        """The run's summary, and every line of its books that is off. Where none is, a rebuilt collection goes live."""
         settled = self._settled
         if settled is None:
             raise RuntimeError("close_books before settle")
         with self._books_lock:
             books, off = self.books.close(settled.points_counted, settled.points_expected)
+        told = "" if off else self.collection.switch(documents_failed=books.documents_failed)
+        if told:
+            self.tell(told)
         self._stage_seconds["total"] = time.monotonic() - self._started
         return self._summarise(books), off
 

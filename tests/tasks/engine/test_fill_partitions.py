@@ -1,7 +1,7 @@
 """From chunked documents to partitions: what is stored is set apart, the rest is cut; every node goes one way, once."""
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from hypothesis import given, settings
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tasks.engine.fill_partitions import LOOKUP_NODES, Progress, fill_partitions, select_new_nodes
 from tasks.policy.books import Ledgerbook
 from tasks.policy.partitions import PartitionBuilder
-from tasks.records import ChunkedDocument, Node, Partition, Payload, Rejection
+from tasks.records import ChunkedDocument, LedgerRecord, Node, Partition, Payload, Rejection
 
 
 def make_node(doc_id: str, number: int, generation: str = "g1", tokens: int = 10) -> Node:
@@ -45,21 +45,49 @@ class Spool:
         return Partition(index, f"{index}", len(nodes), sum(tokens), max(tokens), source_fraction)
 
 
-def select(chunked: Sequence[ChunkedDocument | Rejection], collection: Collection) -> tuple[list[Node], Ledgerbook]:
+class Committer:
+    """Parks what is called hopeless; remembers what was begun."""
+
+    def __init__(self) -> None:
+        self.begun: list[str] = []
+        self.opened: dict[str, LedgerRecord | None] = {}
+
+    def open_documents(self, documents: Iterable[ChunkedDocument], records: Mapping[str, LedgerRecord]) -> None:
+        self.opened.update({document.doc_id: records.get(document.doc_id) for document in documents})
+
+    def begin(self, doc_ids: Iterable[str]) -> None:
+        self.begun.extend(doc_ids)
+
+    def judge(self, rejection: Rejection, record: LedgerRecord | None) -> tuple[Rejection, bool]:
+        return rejection, record is not None
+
+
+def select(
+    chunked: Sequence[ChunkedDocument | Rejection], collection: Collection, committer: Committer | None = None
+) -> tuple[list[Node], Ledgerbook]:
     books = Ledgerbook()
-    return list(select_new_nodes(chunked, collection, books, threading.Lock(), Progress(100))), books
+    records = {"edited": LedgerRecord("s", "edited", "done", "h")}
+    new = select_new_nodes(
+        chunked, collection, committer or Committer(), records.get, books, threading.Lock(), Progress(100)
+    )
+    return list(new), books
 
 
 def test_stored_nodes_keep_their_vectors_and_changed_documents_their_payloads_renewed() -> None:
     same = ChunkedDocument("same", "g1", (make_node("same", 0), make_node("same", 1)))
     edited = ChunkedDocument("edited", "g2", (make_node("edited", 0, "g2"), make_node("edited", 1, "g2")))
     collection = Collection({"same#0": "g1", "same#1": "g1", "edited#0": "g1"})
-    new, books = select([same, Rejection("gone", "failed", "read", "vanished"), edited], collection)
+    committer = Committer()
+    new, books = select([same, Rejection("gone", "failed", "read", "vanished"), edited], collection, committer)
     assert [node.node_id for node in new] == ["edited#1"]
     assert collection.refreshed == ["edited#0"]
+    assert committer.begun == ["edited"]  # the ledger knows before a payload changes
+    assert [committer.opened["same"], committer.opened["edited"]] == [None, LedgerRecord("s", "edited", "done", "h")]
     books.store_nodes(["edited"])
     books.nodes_cpu = 1
-    closed, off = books.close(points_counted=4)
+    for doc_id in books.take_whole(10):
+        books.commit_document(doc_id, 2)
+    closed, off = books.close(4, 4)
     assert off == ()
     assert (closed.documents_unchanged, closed.documents_written, closed.documents_failed) == (1, 1, 1)
     assert closed.nodes_reused == 3

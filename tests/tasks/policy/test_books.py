@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -20,11 +21,19 @@ CLOSED = Books(
 )
 
 
+APART = ("points_counted", "documents_deleted", "documents_withheld")
+
+
+def commit_whole(book: Ledgerbook, nodes: dict[str, int]) -> list[str]:
+    """Commit what is whole; `nodes`: how many points Qdrant counts of each document."""
+    return [doc_id for doc_id in book.take_whole(1000) if book.commit_document(doc_id, nodes[doc_id])]
+
+
 def test_closed_books_have_nothing_off() -> None:
     assert check_books(CLOSED) == ()
 
 
-@pytest.mark.parametrize("field", [name for name in Books.__dataclass_fields__ if name != "points_counted"])
+@pytest.mark.parametrize("field", [name for name in Books.__dataclass_fields__ if name not in APART])
 def test_any_figure_that_is_one_off_is_noticed_with_its_line(field: str) -> None:
     off = check_books(replace(CLOSED, **{field: getattr(CLOSED, field) + 1}))
     assert len(off) == 1
@@ -41,11 +50,14 @@ def test_a_run_is_followed_from_documents_to_points() -> None:
     book.reuse_nodes(["same.md", "same.md"], unchanged=True)
     book.reuse_nodes(["edited.md"], unchanged=False)
     book.store_nodes(["new.md", "new.md", "new.md", "edited.md"])
+    book.skip_unchanged("known.md")
+    book.reject(Rejection("hopeless.pdf", "skipped", "read", "parked after 3 attempts"), is_parked=True)
     book.nodes_gpu, book.nodes_cpu = 3, 1
-    books, off = book.close(points_counted=7)
+    assert commit_whole(book, {"same.md": 2, "new.md": 3, "edited.md": 2}) == ["same.md", "new.md", "edited.md"]
+    books, off = book.close(9, 9)
     assert off == ()
-    assert (books.documents_seen, books.documents_unchanged, books.documents_written) == (5, 1, 2)
-    assert (books.documents_failed, books.documents_skipped, books.nodes_reused) == (1, 1, 3)
+    assert (books.documents_seen, books.documents_unchanged, books.documents_written) == (7, 2, 2)
+    assert (books.documents_failed, books.documents_skipped, books.nodes_reused) == (1, 2, 3)
 
 
 def test_a_node_that_never_arrived_is_named() -> None:
@@ -53,7 +65,8 @@ def test_a_node_that_never_arrived_is_named() -> None:
     book.plan_document("a.md", 3)
     book.store_nodes(["a.md", "a.md"])
     book.nodes_gpu = 2
-    _, off = book.close(points_counted=2)
+    assert book.take_whole(10) == []
+    _, off = book.close(2, 2)
     assert any(line.startswith("documents:") for line in off)
     assert any(line.startswith("nodes: 3 planned, but 2 GPU") for line in off)
     assert "document not whole: a.md: 3 nodes planned, 2 stored, 0 reused" in off
@@ -64,8 +77,52 @@ def test_points_that_qdrant_does_not_count_are_noticed() -> None:
     book.plan_document("a.md", 2)
     book.store_nodes(["a.md", "a.md"])
     book.nodes_gpu = 2
-    _, off = book.close(points_counted=1)
-    assert off == ("points: Qdrant counts 1 of this run's points, 2 were stored or reused",)
+    assert commit_whole(book, {"a.md": 1}) == []
+    _, off = book.close(1, 1)
+    assert "document not whole: a.md: 2 nodes stored or reused, Qdrant counts 1" in off
+
+
+def test_a_document_that_nobody_committed_is_not_written() -> None:
+    book = Ledgerbook()
+    book.plan_document("a.md", 1)
+    book.store_nodes(["a.md"])
+    book.nodes_gpu = 1
+    _, off = book.close(1, 1)
+    assert "document not whole: a.md: 1 nodes stored or reused, was not committed" in off
+
+
+def test_points_missing_from_documents_that_were_not_looked_at_are_noticed() -> None:
+    book = Ledgerbook()
+    book.skip_unchanged("a.md")
+    _, off = book.close(points_counted=9, points_expected=10)
+    assert len(off) == 1
+    assert off[0].startswith("points: Qdrant counts 9 of this source's committed documents, the ledger has 10")
+
+
+def test_whole_documents_are_handed_out_once() -> None:
+    book = Ledgerbook()
+    for name in "abc":
+        book.plan_document(name, 1)
+    book.store_nodes("abc")
+    assert [book.take_whole(2), book.take_whole(2), book.take_whole(2)] == [["a", "b"], ["c"], []]
+
+
+@pytest.mark.parametrize(
+    ("enter", "is_there"),
+    [
+        (lambda book: book.plan_document("a", 1), True),
+        (lambda book: book.skip_unchanged("a"), True),
+        (lambda book: book.reject(Rejection("a", "failed", "read", "torn")), True),
+        (lambda book: book.reject(Rejection("a", "skipped", "read", "parked"), is_parked=True), True),
+        (lambda book: book.reject(Rejection("a", "skipped", "read", "empty file")), False),
+        (lambda book: None, False),
+    ],
+)
+def test_what_the_source_has_must_not_be_deleted(enter: Callable[[Ledgerbook], None], is_there: bool) -> None:
+    book = Ledgerbook()
+    enter(book)
+    assert book.is_in_source("a") == is_there
+    assert book.documents_in_source == is_there
 
 
 def test_a_failed_node_fails_its_document_with_its_reason() -> None:
@@ -74,7 +131,8 @@ def test_a_failed_node_fails_its_document_with_its_reason() -> None:
     book.store_nodes(["a.md"])
     book.fail_nodes(["a.md"], "needs 9.1 GiB alone")
     book.nodes_cpu = 1
-    books, off = book.close(points_counted=1)
+    assert book.take_whole(10) == []
+    books, off = book.close(0, 0)
     assert off == ()
     assert (books.documents_failed, books.nodes_failed, books.documents_written) == (1, 1, 0)
     assert book.rejections() == (Rejection("a.md", "failed", "embed", "needs 9.1 GiB alone"),)
@@ -86,7 +144,7 @@ def test_a_document_seen_twice_does_not_pass() -> None:
     book.plan_document("a.md", 1)
     book.store_nodes(["a.md"])
     book.nodes_gpu = 1
-    _, off = book.close(points_counted=1)
+    _, off = book.close(1, 1)
     assert "document seen twice: a.md" in off
 
 
@@ -102,6 +160,6 @@ def test_an_id_that_comes_twice_opens_the_books_and_counts_its_nodes(is_rejected
     book.plan_document("twice", 2)
     book.store_nodes(["twice", "twice"])
     book.nodes_cpu = 2 if is_rejected_first else 3
-    books, off = book.close(points_counted=book.nodes_cpu)
+    books, off = book.close(book.nodes_cpu, book.nodes_cpu)
     assert books.nodes_planned == book.nodes_cpu
     assert [line for line in off if line.startswith("document seen twice: twice")]
