@@ -39,6 +39,7 @@ WRAPPED: dict[str, set[str]] = {
     "sources": {"fsspec"},
     "spool": {"pyarrow", "fsspec", "portalocker"},
     "tables": {"pyarrow", "fsspec"},
+    "tcp_relay": set(),
     "texts": set(),
     "tokenizer": {"tokenizers", "transformers"},
     "torch_encoder": {"torch"},
