@@ -26,7 +26,7 @@ from tasks.engine.embedded import (
     Watch,
     start_embedding,
 )
-from tasks.errors import DeviceError, RunStopped
+from tasks.errors import DeviceError
 from tasks.policy.budget import compute_budget
 from tasks.policy.ladder import (
     Action,
@@ -58,7 +58,7 @@ class NodeEmbedder:
         spill: Spill | None = None,
         stop: threading.Event | None = None,
     ) -> None:
-        """`stop`, once set, ends embed() with RunStopped before the next micro-batch."""
+        """`stop`, once set, ends embed() before the next micro-batch: what is done is done, the rest is missing."""
         self.encoder = encoder
         self.fit = fit
         self.settings = settings
@@ -68,7 +68,7 @@ class NodeEmbedder:
         self.info = encoder.describe()
 
     def embed(self, token_ids: Sequence[TokenIds], watch: Watch = UNWATCHED) -> Embedded:
-        """Every node gets a vector, a place in `spilled` or a reason in `failed`."""
+        """Every node gets a vector, a place in `spilled` or a reason in `failed`; unless the embedder was told to stop."""
         run = _PartitionRun(self, token_ids, watch)
         run.carry_out()
         return run.result
@@ -105,9 +105,7 @@ class _PartitionRun:
             memory, budget = self._read_budget()
             self.result.budget_bytes = budget
             self._plan(budget, memory)
-            while self.batches:
-                if self.embedder.stop.is_set():
-                    raise RunStopped("The run was told to stop. Run it again: what is stored is not embedded twice.")
+            while self.batches and not self.embedder.stop.is_set():
                 self._advance()
         except DeviceError as error:
             # The device is gone and a new process does not bring it back: the CPU pool takes what is left.

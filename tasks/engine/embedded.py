@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -60,10 +60,15 @@ class Embedded:
     def collect_spilled(self) -> Embedded:
         """Wait for the CPU pool and take its vectors in. Closed afterwards: every row is placed or failed.
 
-        A pool that can't start is no reason to lose what the device has done: its nodes fail by name.
+        A pool that can't start is no reason to lose what the device has done: its nodes fail by name. What a pool that is
+        closed had not begun stays missing.
         """
         for rows, future in self.spilled:
-            error = future.exception()
+            try:
+                error = future.exception()
+            except CancelledError:
+                self.placed[rows] = MISSING
+                continue
             if isinstance(error, (DeviceError, ModelError)):
                 self.placed[rows] = MISSING
                 self.failed.update({int(row): f"no place on the device, nor on the CPU pool: {error}" for row in rows})

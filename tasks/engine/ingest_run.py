@@ -170,9 +170,11 @@ class IngestRun:
         embedded.collect_spilled()
         if devices.embedder is not None:
             embedded.seconds += time.monotonic() - started
-        report = _to_report(partition, nodes, embedded)
         good = np.flatnonzero(embedded.placed != MISSING)
         self.spool.write_vectors(partition, good, embedded.vectors[good])
+        if embedded.missing_rows().size:
+            self._refuse_if_stopped()  # the next run stores what is in the spool now, and embeds the rest
+        report = _to_report(partition, nodes, embedded)
         with self._books_lock:
             self.books.nodes_gpu += report.gpu_nodes
             self.books.nodes_cpu += report.cpu_nodes

@@ -1,7 +1,9 @@
 """The ladder as it is carried out: rung by rung, with faults at every position; no node lost, none embedded twice."""
 
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -363,3 +365,37 @@ def test_a_cpu_pool_that_cannot_start_costs_only_the_nodes_it_was_to_take() -> N
     assert embedded.placed.tolist() == [MISSING, ON_DEVICE, ON_DEVICE]
     assert list(embedded.failed) == [0]
     assert "while it loaded the model" in embedded.failed[0]
+
+
+# ------------------------------------------------------------------------------------------ told to stop
+
+
+def test_a_stop_between_micro_batches_keeps_what_is_done_and_leaves_the_rest_missing() -> None:
+    encoder = FakeEncoder(total_bytes=2 * GIB)
+    stop = threading.Event()
+    embedder = NodeEmbedder(
+        encoder, start_fit(true_model(encoder)), replace(SETTINGS, max_micro_batch_tokens=1024), stop=stop
+    )
+    nodes = make_nodes([256] * 40)
+    seen: list[int] = []
+
+    def stop_after_three(count: int, _tokens: int, _budget: int) -> None:
+        seen.append(count)
+        if len(seen) == 3:
+            stop.set()
+
+    embedded = embedder.embed(nodes, Watch(on_batch=stop_after_three)).collect_spilled()
+    assert len(encoder.calls) == 3
+    done = np.flatnonzero(embedded.placed == ON_DEVICE)
+    assert len(done) == sum(seen) == 40 - len(embedded.missing_rows())
+    for row in done:
+        np.testing.assert_allclose(embedded.vectors[row], to_unit_vector(nodes[row], encoder.dimension), atol=1e-6)
+
+
+def test_spilled_nodes_that_a_closed_pool_never_began_are_missing() -> None:
+    cancelled: Future[Embedded] = Future()
+    cancelled.cancel()
+    embedded = make_embedder(FakeEncoder()).embed(make_nodes([9] * 4))
+    embedded.spilled.append((np.array([1, 2]), cancelled))
+    embedded.placed[[1, 2]] = ON_CPU
+    assert list(embedded.collect_spilled().missing_rows()) == [1, 2]
