@@ -25,12 +25,10 @@ def compute_node_id(source: str, doc_id: str, content_hash: str, occurrence: int
     Neither the device nor the run takes part, and without the occurrence repeated text in a document would collapse.
     `source`: two sources in one collection may both have a README.md, with the same words in it.
     """
-    return _to_uuid([source, doc_id, content_hash, occurrence])
-
-
-def compute_ledger_id(source: str, doc_id: str) -> str:
-    """UUIDv5 of one document of one source: the id of its ledger record."""
-    return _to_uuid(["ledger", source, doc_id])
+    name = _encode([source, doc_id, content_hash, occurrence])
+    # uuid.uuid5 takes text only, which can't hold the lone surrogates that file names on Linux may contain.
+    digest = hashlib.sha1(NAMESPACE.bytes + name, usedforsecurity=False).digest()
+    return str(uuid.UUID(bytes=digest[:16], version=5))
 
 
 def compute_nodes_digest(node_ids: Iterable[str]) -> str:
@@ -47,13 +45,6 @@ def compute_nodes_digest(node_ids: Iterable[str]) -> str:
 def combine_nodes_digests(one: str, other: str) -> str:
     """The digest of two sets without a common id, from the digest of each; empty stands for no ids."""
     return f"{int(one or '0', 16) ^ int(other or '0', 16):032x}"
-
-
-def _to_uuid(parts: list[Any]) -> str:
-    name = _encode(parts)
-    # uuid.uuid5 takes text only, which can't hold the lone surrogates that file names on Linux may contain.
-    digest = hashlib.sha1(NAMESPACE.bytes + name, usedforsecurity=False).digest()
-    return str(uuid.UUID(bytes=digest[:16], version=5))
 
 
 def compute_fingerprint(parts: Mapping[str, Any]) -> str:

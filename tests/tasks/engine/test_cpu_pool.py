@@ -12,7 +12,7 @@ from tasks.engine.devices import Devices
 from tasks.engine.embed_nodes import NodeEmbedder
 from tasks.engine.embedded import EmbedSettings
 from tasks.engine.measure_device import MeasuredDevice
-from tasks.errors import DeviceError, ModelError, 
+from tasks.errors import DeviceError, ModelError
 from tasks.observe import SilentObserver
 from tasks.policy.memory import MemoryModel
 from tasks.policy.memory_fit import start_fit
