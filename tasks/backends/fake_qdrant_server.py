@@ -1,6 +1,7 @@
 """A double of a Qdrant server, for faults on the wire: a loopback HTTP server over an in-memory QdrantClient.
 
-Not a substitute for a server: it knows the dozen routes that the store uses, and accepts what embedded Qdrant accepts.
+Not a substitute for a server: it knows the routes that the store uses, and accepts what embedded Qdrant accepts. But it
+refuses a facet or a filter on a field without a payload index, as a server in strict mode does.
 """
 
 from __future__ import annotations
@@ -125,12 +126,49 @@ class LoopbackQdrant:
             memory.batch_update_points(name, models.UpdateOperations(**body).operations)
             return [{"operation_id": 1, "status": "completed"}] * len(body["operations"])
 
+        def drop(_: Any, name: str) -> bool:
+            self.indexes.pop(name, None)
+            return memory.delete_collection(name)
+
+        def delete(body: Any, name: str) -> None:
+            if "filter" in body:
+                self._check_filter(name, body["filter"])
+                memory.delete(name, models.FilterSelector(**body))
+            else:
+                memory.delete(name, models.PointIdsList(**body))
+
         def retrieve(body: Any, name: str) -> Any:
-            found = memory.retrieve(name, body["ids"], with_payload=body.get("with_payload", False))
+            wanted = models.PointRequest(**body)
+            found = memory.retrieve(name, wanted.ids, wanted.with_payload or False, wanted.with_vector or False)
             return [record.model_dump(mode="json") for record in found]
+
+        def scroll(body: Any, name: str) -> Any:
+            wanted = models.ScrollRequest(**body)
+            self._check_filter(name, body.get("filter"))
+            found, following = memory.scroll(
+                name,
+                scroll_filter=wanted.filter,
+                limit=wanted.limit or 10,
+                offset=wanted.offset,
+                with_payload=wanted.with_payload or False,
+                with_vectors=wanted.with_vector or False,
+            )
+            return {"points": [record.model_dump(mode="json") for record in found], "next_page_offset": following}
+
+        def count(body: Any, name: str) -> Any:
+            self._check_filter(name, body.get("filter"))
+            return memory.count(name, count_filter=models.CountRequest(**body).filter).model_dump(mode="json")
+
+        def facet(body: Any, name: str) -> Any:
+            wanted = models.FacetRequest(**body)
+            self._check_index(name, wanted.key)
+            self._check_filter(name, body.get("filter"))
+            found = memory.facet(name, wanted.key, facet_filter=wanted.filter, limit=wanted.limit or 10)
+            return found.model_dump(mode="json")
 
         def query(body: Any, name: str) -> Any:
             wanted = models.QueryRequest(**body)
+            self._check_filter(name, body.get("filter"))
             found = memory.query_points(
                 name, query=wanted.query, using=wanted.using, query_filter=wanted.filter, limit=wanted.limit or 10
             )
@@ -147,8 +185,24 @@ class LoopbackQdrant:
             (f"POST {one}/points", retrieve),
             (f"POST {one}/points/batch", batch),
             (f"POST {one}/points/query", query),
-            (f"POST {one}/points/count", lambda _, name: memory.count(name).model_dump(mode="json")),
+            (f"POST {one}/points/count", count),
+            (f"POST {one}/points/scroll", scroll),
+            (f"POST {one}/points/delete", delete),
+            (f"POST {one}/facet", facet),
+            (f"DELETE {one}", drop),
         ]
+
+    def _check_filter(self, name: str, conditions: Any) -> None:
+        """Raises ValueError for a filter on a field without an index."""
+        for clause in (conditions or {}).values():
+            for condition in clause or ():
+                if "key" in condition:
+                    self._check_index(name, condition["key"])
+
+    def _check_index(self, name: str, field: str) -> None:
+        aliases = {alias.alias_name: alias.collection_name for alias in self.memory.get_aliases().aliases}
+        if field not in self.indexes.get(aliases.get(name, name), {}):
+            raise ValueError(f'Bad request: Index required but not found for "{field}" of one of: [keyword]')
 
     def _make_handler(self) -> type[BaseHTTPRequestHandler]:
         double = self
@@ -177,7 +231,7 @@ class LoopbackQdrant:
                 self.end_headers()
                 self.wfile.write(encoded)
 
-            do_GET = do_PUT = do_POST = handle_any  # noqa: N815  the names that http.server looks for
+            do_GET = do_PUT = do_POST = do_DELETE = handle_any  # noqa: N815  the names that http.server looks for
 
             def log_message(self, *_: object) -> None:
                 pass

@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tasks.errors import StoreError, StoreRejected
-from tasks.records import Payload, SearchHit, Vectors
+from tasks.records import Payload, SearchHit, StoredPoints, Vectors
 
 if TYPE_CHECKING:
     from qdrant_client import models
@@ -59,6 +60,16 @@ def measure_payload(point_id: str, payload: Payload) -> int:
         ) from error
 
 
+def check_text(text: str) -> None:
+    """Raises StoreRejected for text that no request can hold: lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise StoreRejected(
+            f"{text[:120]!r} holds lone surrogates, which UTF-8 can't encode. Replace them where the document is listed."
+        ) from error
+
+
 def split_batches(sizes: Sequence[int], *, max_points: int, max_bytes: int) -> Iterator[slice]:
     """Cut consecutive points into batches within both caps; a point above `max_bytes` travels alone."""
     start, taken = 0, 0
@@ -78,6 +89,38 @@ def to_points(ids: Sequence[str], vectors: Vectors, payloads: Sequence[Payload])
         models.PointStruct(id=point_id, vector={DENSE_VECTOR: row}, payload=payload)
         for point_id, row, payload in zip(ids, vectors.tolist(), payloads, strict=True)
     ]
+
+
+STORED_FIELDS = ("ballast_source", "doc_id", "generation", "ballast_nodes", "ballast_content")
+"""Of a point's payload: what to_stored_points() needs."""
+
+
+def to_stored_points(records: Sequence[models.Record], *, with_vectors: bool) -> StoredPoints:
+    payloads = [record.payload or {} for record in records]
+    return StoredPoints(
+        ids=[str(record.id) for record in records],
+        sources=[_read_text(payload, "ballast_source") for payload in payloads],
+        doc_ids=[_read_text(payload, "doc_id") for payload in payloads],
+        generations=[_read_text(payload, "generation") for payload in payloads],
+        document_nodes=[_read_count(payload, "ballast_nodes") for payload in payloads],
+        content_hashes=[_read_text(payload, "ballast_content") for payload in payloads],
+        vectors=[_read_dense_vector(record.vector) for record in records] if with_vectors else None,
+    )
+
+
+def _read_text(payload: Payload, field: str) -> str:
+    value = payload.get(field)
+    return value if isinstance(value, str) else ""
+
+
+def _read_count(payload: Payload, field: str) -> int:
+    value = payload.get(field)
+    return value if isinstance(value, int) and value > 0 else 0
+
+
+def _read_dense_vector(vector: object) -> NDArray[np.float32] | None:
+    row = vector.get(DENSE_VECTOR) if isinstance(vector, dict) else None
+    return None if row is None else np.asarray(row, np.float32)
 
 
 def to_search_hit(point: models.ScoredPoint) -> SearchHit:

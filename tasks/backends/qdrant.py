@@ -4,34 +4,39 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tasks.backends.grpc_points import to_grpc_points
-from tasks.backends.points import DENSE_VECTOR, check_points, measure_payload, split_batches, to_points, to_search_hit
-from tasks.backends.qdrant_calls import CheckedCalls, RetryPolicy
-from tasks.backends.qdrant_collections import (
-    INDEXED_FIELDS,
-    CollectionSpec,
-    check_collection_info,
-    check_name,
-    is_ours,
-    read_dense_vector,
+from tasks.backends.points import (
+    DENSE_VECTOR,
+    STORED_FIELDS,
+    check_points,
+    measure_payload,
+    split_batches,
+    to_points,
+    to_search_hit,
+    to_stored_points,
 )
+from tasks.backends.qdrant_batches import send_halved
+from tasks.backends.qdrant_calls import CheckedCalls, RetryPolicy
+from tasks.backends.qdrant_catalog import Catalog
+from tasks.backends.qdrant_collections import CollectionPlan, CollectionSpec
 from tasks.backends.qdrant_connection import (
     SERVER_HINT,
     choose_url,
     connect_server,
     open_embedded,
-    set_write_ahead_log,
     speaks_grpc,
 )
-from tasks.backends.qdrant_faults import BatchTooLarge
+from tasks.backends.qdrant_documents import Documents, EmbeddedDocuments, ServerDocuments, delete_ids
+from tasks.backends.qdrant_ledger import Ledger
+from tasks.backends.qdrant_pages import Pages
 from tasks.config import QdrantSettings
-from tasks.errors import StoreError, StoreMismatch, StoreMissing, StoreRejected, StoreUnavailable
-from tasks.records import Payload, SearchHit, Vectors
+from tasks.errors import StoreError, StoreRejected
+from tasks.records import CollectionState, Payload, SearchHit, StoredPoints, Vectors
 
 if TYPE_CHECKING:
     from qdrant_client import QdrantClient, grpc, models
@@ -88,8 +93,12 @@ class QdrantStore:
         self.calls = CheckedCalls(place, is_embedded=is_embedded, retry=retry, sleep=sleep)
         self._batch_points = batch_points
         self._batch_bytes = batch_bytes
-        self._dimensions: dict[str, int] = {}
         self._warned: set[str] = set()
+        self._catalog = Catalog(client, self.calls, is_embedded=is_embedded)
+        self._pages = Pages(client, self.calls, is_embedded=is_embedded)
+        self._documents: Documents = (
+            EmbeddedDocuments(client, self.calls, self._pages) if is_embedded else ServerDocuments(client, self.calls)
+        )
 
     def close(self) -> None:
         with self.calls.lock:
@@ -97,53 +106,69 @@ class QdrantStore:
 
     # ------------------------------------------------------------------------------------------ collections
 
-    def check_collection(
-        self, name: str, *, dimension: int, fingerprint: str, model: str = "", revision: str = ""
+    def plan_collection(
+        self,
+        name: str,
+        *,
+        dimension: int,
+        fingerprint: str,
+        model: str = "",
+        revision: str = "",
+        recipe: Mapping[str, Any] | None = None,
+        on_change: Literal["rebuild", "refuse"] = "rebuild",
+    ) -> CollectionPlan:
+        """Which physical collection a run of `name` writes to; changes nothing. Ask before loading a model.
+
+        recipe: the parts of the fingerprint, JSON-ready, so that the reason for a rebuild can name those that differ.
+        Raises StoreMismatch for a collection that is not ours, is no name, or can't be gone on with; under
+        on_change="refuse" also for one of another fingerprint or dimension.
+        """
+        spec = CollectionSpec(name, dimension, fingerprint, model, revision, recipe or {})
+        return self._catalog.plan(spec, on_change)
+
+    def prepare_collection(
+        self,
+        name: str,
+        *,
+        dimension: int,
+        fingerprint: str,
+        model: str,
+        revision: str = "",
+        recipe: Mapping[str, Any] | None = None,
     ) -> str:
-        """The physical collection that `name` would be written to; changes nothing. Ask before loading a model.
+        """Make what the plan says unless it is there: collection, ledger, indexes; returns the physical name.
 
-        Raises StoreMismatch for a collection of another dimension or fingerprint, or one that is not ours.
+        A name that has no alias gets it; one that has keeps it until switch_alias(). Killed in between, the next call
+        completes it.
         """
-        spec = CollectionSpec(name, dimension, fingerprint, model, revision)
-        return self._find_physical(spec)[0]
+        return self._catalog.prepare(CollectionSpec(name, dimension, fingerprint, model, revision, recipe or {}))
 
-    def prepare_collection(self, name: str, *, dimension: int, fingerprint: str, model: str, revision: str = "") -> str:
-        """Make the collection if it is not there, with its indexes and its alias; returns the physical name.
+    def switch_alias(self, name: str, physical: str) -> None:
+        """Let `name` stand for `physical` from now on, in one step for its readers. Repeatable."""
+        self._catalog.switch(name, physical)
 
-        Order: collection with metadata, indexes, alias. Killed in between, the next call completes it.
+    def list_physical(self, name: str) -> list[CollectionState]:
+        """The physical collections of a name, the live one first; empty where there are none."""
+        return self._catalog.list_physical(name)
+
+    def drop_physical(self, name: str, physical: str) -> None:
+        """Drop one of the name's collections and its ledger.
+
+        Raises StoreRejected for the one that an alias points to and for one that is not of this name, StoreMissing.
         """
-        spec = CollectionSpec(name, dimension, fingerprint, model, revision)
-        physical, info = self._find_physical(spec)
-        if info is None:
-            self._create_collection(spec)
-            physical, info = self._find_physical(spec)  # another process may have been faster, with other settings
-        if info is None:
-            raise StoreUnavailable(
-                f"Qdrant {self.calls.place} made collection {physical!r}, but does not list it. Run again."
-            )
-        if self.is_embedded:
-            self._speed_up_writes(physical)
-        else:
-            self._index_fields(physical, info)
-        self._set_alias(name, physical)
-        return physical
+        self._catalog.drop(name, physical)
+
+    def ledger(self, physical: str) -> Ledger:
+        """The ledger of a physical collection; asks nothing, and need not be there yet."""
+        return Ledger(self._client, self.calls, self._catalog, self._pages, physical, is_embedded=self.is_embedded)
 
     def collection_model(self, name: str) -> dict[str, Any]:
         """The collection's metadata: fingerprint, model, dimension, schema_version. StoreMissing if there is none."""
-        physical = self._aliases().get(name, name)
-        if physical not in self._collections():
-            raise self._missing(name)
-        metadata = self._info(physical).config.metadata
-        if metadata is None or not is_ours(metadata):
-            raise StoreMismatch(
-                f"Collection {name!r} was not made by Ballast: it does not say which model embedded it."
-            )
-        return dict(metadata)
+        return self._catalog.read_model(name)
 
     def list_collections(self) -> list[str]:
-        """What a user may name: aliases, and collections that no alias points to."""
-        aliases = self._aliases()
-        return sorted(set(aliases) | (self._collections() - set(aliases.values())))
+        """What a user may name: aliases, and collections that no alias points to. No ledgers."""
+        return self._catalog.list_names()
 
     # ------------------------------------------------------------------------------------------ points: reading
 
@@ -181,10 +206,44 @@ class QdrantStore:
                 ),
             )
         except StoreRejected as error:
-            if collection in self._collections() | set(self._aliases()):
+            if self._catalog.has(collection):
                 raise
-            raise self._missing(collection) from error
+            raise self._catalog.missing(collection) from error
         return [to_search_hit(point) for point in answer.points]
+
+    def count_source(self, physical: str, source: str, *, except_doc_ids: Sequence[str] = ()) -> int:
+        """All points of a source, exactly, but those of some documents."""
+        return self._documents.count_source(physical, source, except_doc_ids=except_doc_ids)
+
+    def count_generations(self, physical: str, source: str, doc_ids: Sequence[str]) -> dict[str, int]:
+        """Generation -> number of its points, exactly, of all points of these documents of a source."""
+        return self._documents.count_generations(physical, source, doc_ids)
+
+    def scroll_points(self, physical: str, *, with_vectors: bool, page_points: int = 512) -> Iterator[StoredPoints]:
+        """All points, a page at a time, in no order. Points written meanwhile may be missed; the others come once."""
+        vectors = [DENSE_VECTOR] if with_vectors else []
+        pages = self._pages.iterate(physical, fields=STORED_FIELDS, page_points=page_points, vectors=vectors)
+        for page in pages:
+            yield to_stored_points(page, with_vectors=with_vectors)
+
+    # ------------------------------------------------------------------------------------------ points: deleting
+
+    def delete_other_generations(
+        self, physical: str, source: str, doc_ids: Sequence[str], keep: Collection[str]
+    ) -> None:
+        """Delete the points of these documents that are of no generation in `keep`; counted: none is left.
+
+        Raises StoreRejected where nothing is to be kept, StoreUnavailable where some are still there.
+        """
+        self._documents.delete_other_generations(physical, source, doc_ids, keep)
+
+    def delete_documents(self, physical: str, source: str, doc_ids: Sequence[str]) -> None:
+        """Delete all points of these documents; counted: none is left. Raises StoreUnavailable otherwise."""
+        self._documents.delete_documents(physical, source, doc_ids)
+
+    def delete_points(self, physical: str, ids: Sequence[str]) -> None:
+        """Delete points by id; those that are not there are no error."""
+        delete_ids(self._client, self.calls, physical, ids)
 
     # ------------------------------------------------------------------------------------------ points: writing
 
@@ -196,7 +255,7 @@ class QdrantStore:
         """
         if not ids:
             return
-        dimension = self._dimension(physical)
+        dimension = self._catalog.read_dimension(physical)
         sizes = check_points(ids, vectors, payloads, dimension=dimension, over_grpc=self._speaks_grpc)
         if self.is_embedded:
             self._check_embedded_room(physical, ids)
@@ -218,30 +277,18 @@ class QdrantStore:
             ]
             self._update_batch(physical, operations)
 
-    def _upsert_batch(self, physical: str, points: list[models.PointStruct] | list[grpc.PointStruct]) -> None:
-        def send() -> None:
-            self.calls.check_completed(self._client.upsert(physical, points=points, wait=True))
+    def _upsert_batch(self, physical: str, points: Sequence[models.PointStruct] | Sequence[grpc.PointStruct]) -> None:
+        def send(part: Sequence[Any]) -> None:
+            self.calls.check_completed(self._client.upsert(physical, points=list(part), wait=True))
 
-        try:
-            self.calls.run(f"upsert {len(points)} points into {physical!r}", send, can_split=len(points) > 1)
-        except BatchTooLarge as error:
-            log.info("qdrant action=split points=%d reason=%s", len(points), error)
-            half = len(points) // 2
-            self._upsert_batch(physical, points[:half])
-            self._upsert_batch(physical, points[half:])
+        send_halved(self.calls, lambda count: f"upsert {count} points into {physical!r}", points, send)
 
     def _update_batch(self, physical: str, operations: Sequence[models.OverwritePayloadOperation]) -> None:
-        def send() -> None:
-            for result in self._client.batch_update_points(physical, update_operations=operations, wait=True):
+        def send(part: Sequence[models.OverwritePayloadOperation]) -> None:
+            for result in self._client.batch_update_points(physical, update_operations=part, wait=True):
                 self.calls.check_completed(result)
 
-        try:
-            self.calls.run(f"refresh {len(operations)} payloads in {physical!r}", send, can_split=len(operations) > 1)
-        except BatchTooLarge as error:
-            log.info("qdrant action=split payloads=%d reason=%s", len(operations), error)
-            half = len(operations) // 2
-            self._update_batch(physical, operations[:half])
-            self._update_batch(physical, operations[half:])
+        send_halved(self.calls, lambda count: f"refresh {count} payloads in {physical!r}", operations, send)
 
     def _check_embedded_room(self, physical: str, ids: Sequence[str]) -> None:
         after = self.count(physical) + len(ids)
@@ -275,67 +322,6 @@ class QdrantStore:
 
     # ------------------------------------------------------------------------------------------ inside
 
-    def _find_physical(self, spec: CollectionSpec) -> tuple[str, models.CollectionInfo | None]:
-        """The physical collection for `spec`, checked, and its info; None if it has yet to be made."""
-        check_name(spec.name)
-        collections = self._collections()
-        physical = self._aliases().get(spec.name)
-        if physical is None:
-            # Not behind an alias: somebody else's, or ours, left between its creation and its alias.
-            physical = spec.name if spec.name in collections else spec.physical
-        if physical not in collections:
-            return physical, None
-        info = self._info(physical)
-        check_collection_info(spec, physical, info)
-        return physical, info
-
-    def _create_collection(self, spec: CollectionSpec) -> None:
-        from qdrant_client import models
-
-        try:
-            self.calls.run(
-                f"create collection {spec.physical!r}",
-                lambda: self._client.create_collection(
-                    spec.physical,
-                    vectors_config={
-                        DENSE_VECTOR: models.VectorParams(size=spec.dimension, distance=models.Distance.COSINE)
-                    },
-                    metadata=spec.to_metadata(),
-                ),
-            )
-        except StoreRejected:
-            # "Already exists": a first attempt whose answer was lost, or another process. What it is gets checked next.
-            if spec.physical not in self._collections():
-                raise
-
-    def _speed_up_writes(self, physical: str) -> None:
-        folder = self._client.init_options.get("path")
-        if folder is not None:
-            with self.calls.lock:
-                set_write_ahead_log(Path(folder), physical)
-
-    def _index_fields(self, physical: str, info: models.CollectionInfo) -> None:
-        for field in INDEXED_FIELDS:
-            if field not in info.payload_schema:
-                self._index_field(physical, field)
-
-    def _index_field(self, physical: str, field: str) -> None:
-        from qdrant_client import models
-
-        def send() -> None:
-            keyword = models.PayloadSchemaType.KEYWORD
-            self.calls.check_completed(self._client.create_payload_index(physical, field, keyword, wait=True))
-
-        self.calls.run(f"index {field!r} of {physical!r}", send)
-
-    def _set_alias(self, name: str, physical: str) -> None:
-        from qdrant_client import models
-
-        if self._aliases().get(name) == physical:
-            return
-        alias = models.CreateAliasOperation(create_alias=models.CreateAlias(collection_name=physical, alias_name=name))
-        self.calls.run(f"name {physical!r} {name!r}", lambda: self._client.update_collection_aliases([alias]))
-
     def _retrieve(
         self, physical: str, ids: Sequence[str], *, with_payload: bool | list[str]
     ) -> Iterator[models.Record]:
@@ -344,28 +330,3 @@ class QdrantStore:
             part = unique[start : start + _IDS_PER_REQUEST]
             read = partial(self._client.retrieve, physical, ids=part, with_payload=with_payload, with_vectors=False)
             yield from self.calls.run(f"look up {len(part)} points in {physical!r}", read)
-
-    def _aliases(self) -> dict[str, str]:
-        answer = self.calls.run("list its aliases", self._client.get_aliases)
-        return {alias.alias_name: alias.collection_name for alias in answer.aliases}
-
-    def _collections(self) -> set[str]:
-        return {each.name for each in self.calls.run("list its collections", self._client.get_collections).collections}
-
-    def _info(self, physical: str) -> models.CollectionInfo:
-        return self.calls.run(f"describe {physical!r}", lambda: self._client.get_collection(physical))
-
-    def _dimension(self, physical: str) -> int:
-        if physical not in self._dimensions:
-            vector = read_dense_vector(self._info(physical))
-            if vector is None:
-                raise StoreMismatch(
-                    f"Collection {physical!r} has no vector named {DENSE_VECTOR!r}: Ballast did not make it."
-                )
-            self._dimensions[physical] = vector.size
-        return self._dimensions[physical]
-
-    def _missing(self, name: str) -> StoreMissing:
-        there = self.list_collections()
-        listed = f"it has {', '.join(there)}" if there else "it has none: run `ballast ingest` first"
-        return StoreMissing(f"Qdrant {self.calls.place} has no collection {name!r}; {listed}.")
