@@ -8,8 +8,10 @@ words: whoever relies on a limit must check the finished chunk.
 
 from __future__ import annotations
 
+import itertools
 import re
 import unicodedata
+from array import array
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
@@ -36,6 +38,7 @@ _UNSPACED = re.compile(
 _LONG_WORD_CHARS = 32
 _LONG_WORD_TOKENS = 12
 _WINDOW_CHARS = 16_384  # tokenised at once: the Rust side takes some hundred bytes a character
+_WORDS_AT_ONCE = 65_536
 _CACHED_WORDS = 200_000  # about 30 MB
 
 
@@ -54,24 +57,28 @@ class WordCounter:
         return self._last
 
     def _measure(self, text: str) -> MeasuredText:
-        spans = [match.span() for match in _WORD.finditer(text)]
-        # A word comes with the space before it: byte-level tokenizers count "\n    return" and " return" differently.
-        ends = [0, *(end for _, end in spans)]
-        words = [text[before:end] for before, (_, end) in zip(ends, spans, strict=False)]
-        self._learn(words)
-        positions: list[int] = []
-        counts: list[int] = []
-        for word, (start, end) in zip(words, spans, strict=True):
-            count = self._counts.get(word)
-            if count is not None:
-                positions.append(start)
-                counts.append(count)
-                continue
-            for window in range(start, end, _WINDOW_CHARS):
-                starts = self._tokenizer.find_starts(text[window : min(end, window + _WINDOW_CHARS)])
-                positions.extend((starts + window).tolist())
-                counts.extend([1] * len(starts))
-        return MeasuredText(text, np.array(positions, np.int64), np.cumsum([0, *counts], dtype=np.int64))
+        # Arrays, and some words at a time: lists of a whole text's took 40 bytes a character.
+        positions = array("q")
+        counts = array("q", [0])
+        before = 0
+        matches = _WORD.finditer(text)
+        while spans := [match.span() for match in itertools.islice(matches, _WORDS_AT_ONCE)]:
+            # A word comes with the space before it: byte-level tokenizers count "\n    return" and " return" differently.
+            starts = [before, *(end for _, end in spans[:-1])]
+            words = [text[at : min(end, at + _LONG_WORD_CHARS + 1)] for at, (_, end) in zip(starts, spans, strict=True)]
+            before = spans[-1][1]
+            self._learn(words)
+            for word, (start, end) in zip(words, spans, strict=True):
+                count = self._counts.get(word)
+                if count is not None:
+                    positions.append(start)
+                    counts.append(count)
+                    continue
+                for window in range(start, end, _WINDOW_CHARS):
+                    found = self._tokenizer.find_starts(text[window : min(end, window + _WINDOW_CHARS)]) + window
+                    positions.frombytes(found.tobytes())
+                    counts.extend(itertools.repeat(1, len(found)))
+        return MeasuredText(text, np.frombuffer(positions, np.int64), np.cumsum(np.frombuffer(counts, np.int64)))
 
     def _learn(self, words: Sequence[str]) -> None:
         if len(self._counts) > _CACHED_WORDS:

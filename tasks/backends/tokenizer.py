@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
+_TEXTS_AT_ONCE = 512  # the Rust side takes some hundred bytes a token, for as long as its results live
+
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
@@ -54,8 +56,12 @@ class NodeTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[TokenIds]:
         """Each document text's ids, document prompt and special tokens included."""
-        prompted = [self.document_prompt + text for text in texts] if self.document_prompt else list(texts)
-        return [np.array(encoding.ids, np.int32) for encoding in self._tokenizer.encode_batch_fast(prompted)]
+        ids: list[TokenIds] = []
+        for first in range(0, len(texts), _TEXTS_AT_ONCE):
+            some = texts[first : first + _TEXTS_AT_ONCE]
+            prompted = [self.document_prompt + text for text in some] if self.document_prompt else list(some)
+            ids.extend(np.array(encoding.ids, np.int32) for encoding in self._tokenizer.encode_batch_fast(prompted))
+        return ids
 
     def encode_query(self, text: str) -> TokenIds:
         """A query's ids, query prompt and special tokens included."""
