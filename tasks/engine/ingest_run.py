@@ -8,9 +8,9 @@ import os
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,7 @@ from tasks.records import Books, ModelFiles, Node, Partition, PartitionReport, R
 logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
+StartDevices: TypeAlias = Callable[[IngestSettings, ModelFiles, Observer, threading.Event], Devices]
 
 # The task that stores a partition is repeated by Prefect, which shows it: see tasks/upsert.py.
 UPSERT_PATIENCE_S = 20.0
@@ -58,8 +59,14 @@ class IngestRun:
         spec: ChunkSpec,
         observer: Observer,
         stop: threading.Event | None = None,
+        *,
+        chunk_workers: int | None = None,
+        start: StartDevices = start_devices,
     ) -> None:
-        """`stop`, once set, ends every stage at its next node, micro-batch or wait; close() sets it."""
+        """`stop`, once set, ends every stage at its next node, micro-batch or wait; close() sets it.
+
+        chunk_workers: instead of what the settings say; 0 chunks in this process. `start`: where the run embeds.
+        """
         self.settings = settings
         self.files = files
         self.source = source
@@ -100,7 +107,9 @@ class IngestRun:
             max_attempts=settings.source.max_attempts,
         )
         self._selected = self._selector.select(self._watch_for_stop(iter(source)))
-        self._chunked = iter_chunked(self._selected, spec, count_workers(settings.chunking.workers))
+        workers = count_workers(settings.chunking.workers) if chunk_workers is None else chunk_workers
+        self._chunked = iter_chunked(self._selected, spec, workers)
+        self._start_devices = start
         # Documents are watched, not only nodes: a source with nothing new in it yields no node until its end.
         nodes = select_new_nodes(
             self._watch_for_stop(self._chunked),
@@ -128,7 +137,7 @@ class IngestRun:
         with self._timed("devices"), self._devices_lock:
             self._refuse_if_stopped()
             try:
-                self.devices = start_devices(self.settings, self.files, self.observer, self._stop)
+                self.devices = self._start_devices(self.settings, self.files, self.observer, self._stop)
             finally:
                 self._devices_ready.set()
             gpu = self.devices.embedder
@@ -356,7 +365,13 @@ class IngestRun:
         )
 
 
-def open_run(settings: IngestSettings, environment: Mapping[str, str] | None = None) -> IngestRun:
+def open_run(
+    settings: IngestSettings,
+    environment: Mapping[str, str] | None = None,
+    *,
+    chunk_workers: int | None = None,
+    start: StartDevices = start_devices,
+) -> IngestRun:
     """Everything that can be refused is refused here, before a model is loaded: source, model files, collection.
 
     Raises SourceError, ModelError, ConfigError, StoreMismatch, StoreLocked, StoreUnavailable.
@@ -377,7 +392,9 @@ def open_run(settings: IngestSettings, environment: Mapping[str, str] | None = N
         collection = RunCollection(
             store, settings.qdrant, files, fingerprint, source.key, recipe=recipe, stop=stop, note=observer.note
         )
-        run = IngestRun(settings, files, source, collection, spec, observer, stop)
+        run = IngestRun(
+            settings, files, source, collection, spec, observer, stop, chunk_workers=chunk_workers, start=start
+        )
     except BaseException:
         store.close()
         raise

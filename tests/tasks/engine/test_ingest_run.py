@@ -14,8 +14,9 @@ from tasks.backends.model_files import resolve_model
 from tasks.backends.qdrant import open_store
 from tasks.backends.sources import Source
 from tasks.config import IngestSettings
+from tasks.engine.collection import RunCollection
 from tasks.engine.fingerprint import find_tokenizer, make_chunk_spec
-from tasks.engine.ingest_run import Collection, IngestRun
+from tasks.engine.ingest_run import IngestRun
 from tasks.errors import RunStopped, SourceError, StoreError, StoreMismatch
 from tasks.observe import SilentObserver
 from tasks.records import Document, Rejection
@@ -27,6 +28,7 @@ class Items(Source):
     """Whatever it is given, instead of files."""
 
     def __init__(self, items: Callable[[], Iterator[Item]]) -> None:
+        self.name = self.key = "items"
         self._items = items
 
     def total_bytes(self) -> int:
@@ -42,12 +44,13 @@ def open_run(folder: Path, model: str, items: Callable[[], Iterator[Item]], **gr
         "chunking": {"workers": 1},
         "partition": {"max_tokens": 1000},
         "data_folder": str(folder),
+        "qdrant": {"collection": "port"},
     }
     settings = IngestSettings.model_validate({**defaults, **groups})
     files = resolve_model(model)
-    spec = make_chunk_spec(settings, files, find_tokenizer(files, settings.data_folder), "f" * 64)
+    spec = make_chunk_spec(settings, files, find_tokenizer(files, settings.data_folder), "f" * 64, "items")
     store = open_store(settings.qdrant, settings.data_folder, environment={})
-    collection = Collection(store, "port", files, spec.fingerprint)
+    collection = RunCollection(store, settings.qdrant, files, spec.fingerprint, "items")
     return IngestRun(settings, files, Items(items), collection, spec, SilentObserver())
 
 
@@ -116,12 +119,13 @@ def test_a_run_that_stored_nothing_does_not_bind_the_next_to_its_settings(tmp_pa
     assert partition is not None
     first.close()
     store = open_store(first.settings.qdrant, str(tmp_path), environment={})
-    second = Collection(store, "port", first.files, "e" * 64)
+    settings = first.settings.qdrant.model_copy(update={"on_change": "refuse"})
+    second = RunCollection(store, settings, first.files, "e" * 64, "items")
     assert second.existing_generations(["7d444840-9dc0-11d1-b245-5ffdce74fad2"]) == {}
     second.make()
     assert second.count() == 0
     with pytest.raises(StoreMismatch):
-        Collection(store, "port", first.files, "d" * 64)
+        RunCollection(store, settings, first.files, "d" * 64, "items")
     store.close()
 
 
@@ -145,7 +149,7 @@ def test_what_an_earlier_run_embedded_and_could_not_store_is_stored_and_not_embe
     planned = 0
     while (following := second.spool_next_partition()) is not None:
         planned += following.nodes
-    (books, _) = second.books.close(0)
+    (books, _) = second.books.close(0, 0)
     second.close()
     assert books.nodes_reused == partition.nodes
     assert books.nodes_planned == partition.nodes + planned
