@@ -25,7 +25,7 @@ _GRPC_BYTES_PER_NUMBER = 4
 _BYTES_PER_POINT = 100  # id, keys, braces or tags
 
 # fp16 models leave 1e-3 at most after a float32 normalisation; a vector further off was never normalised.
-_NORM_TOLERANCE = 1e-2
+NORM_TOLERANCE = 1e-2
 
 
 def check_points(
@@ -165,7 +165,7 @@ def _check_vectors(ids: Sequence[str], vectors: Vectors, *, dimension: int) -> N
             f"the collection takes float32 of shape (points, {dimension})."
         )
     norms = np.linalg.norm(vectors, axis=1)  # not finite where a component is not
-    wrong = np.flatnonzero(~(np.abs(norms - 1.0) <= _NORM_TOLERANCE))
+    wrong = np.flatnonzero(~(np.abs(norms - 1.0) <= NORM_TOLERANCE))
     if wrong.size:
         row = int(wrong[0])
         raise StoreRejected(
