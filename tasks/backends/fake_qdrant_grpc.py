@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 from tasks.backends.tcp_relay import TcpRelay
 
 if TYPE_CHECKING:
+    from qdrant_client import models
+
     from tasks.backends.fake_qdrant_server import LoopbackQdrant
 
 
@@ -222,6 +224,12 @@ class LoopbackQdrantGrpc:
                 "with_vectors": has_vectors and GrpcToRest.convert_with_vectors_selector(request.with_vectors),
             }
 
+        def to_records(found: list[models.Record]) -> list[Any]:
+            # No payload is an empty map over gRPC, and None over REST.
+            return [
+                RestToGrpc.convert_record(each.model_copy(update={"payload": each.payload or {}})) for each in found
+            ]
+
         def upsert(request: Any) -> Any:
             points = [GrpcToRest.convert_point_struct(point) for point in request.points]
             return done(memory.upsert(request.collection_name, points))
@@ -248,7 +256,7 @@ class LoopbackQdrantGrpc:
         def get(request: Any) -> Any:
             ids = [GrpcToRest.convert_point_id(point_id) for point_id in request.ids]
             found = memory.retrieve(request.collection_name, ids, **selectors(request))
-            return grpc.GetResponse(result=[RestToGrpc.convert_record(record) for record in found])
+            return grpc.GetResponse(result=to_records(found))
 
         def scroll(request: Any) -> Any:
             offset = GrpcToRest.convert_point_id(request.offset) if request.HasField("offset") else None
@@ -259,7 +267,7 @@ class LoopbackQdrantGrpc:
                 offset=offset,
                 **selectors(request),
             )
-            page = grpc.ScrollResponse(result=[RestToGrpc.convert_record(record) for record in found])
+            page = grpc.ScrollResponse(result=to_records(found))
             if following is not None:
                 page.next_page_offset.CopyFrom(RestToGrpc.convert_extended_point_id(following))
             return page

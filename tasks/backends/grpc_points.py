@@ -13,7 +13,7 @@ from tasks.backends.points import DENSE_VECTOR
 from tasks.records import Payload, Vectors
 
 if TYPE_CHECKING:
-    from qdrant_client import grpc
+    from qdrant_client import QdrantClient, grpc, models
 
 _FLOAT_BYTES = 4
 
@@ -31,6 +31,16 @@ def to_grpc_points(ids: Sequence[str], vectors: Vectors, payloads: Sequence[Payl
         point.MergeFrom(grpc.PointStruct(id=grpc.PointId(uuid=point_id), payload=RestToGrpc.convert_payload(payload)))
         points.append(point)
     return points
+
+
+def upsert_grpc_points(client: QdrantClient, physical: str, points: Sequence[grpc.PointStruct]) -> models.UpdateResult:
+    """Send one batch and wait until it is applied. Past the client's own upsert, which calls such points deprecated."""
+    from qdrant_client import grpc
+    from qdrant_client.conversions.conversion import GrpcToRest
+
+    request = grpc.UpsertPoints(collection_name=physical, wait=True, points=points)
+    answer = client.grpc_points.Upsert(request, timeout=client.init_options["timeout"])
+    return GrpcToRest.convert_update_result(answer.result)
 
 
 @lru_cache(maxsize=8)

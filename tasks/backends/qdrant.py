@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tasks.backends.grpc_points import to_grpc_points
+from tasks.backends.grpc_points import to_grpc_points, upsert_grpc_points
 from tasks.backends.points import (
     DENSE_VECTOR,
     STORED_FIELDS,
@@ -279,7 +279,11 @@ class QdrantStore:
 
     def _upsert_batch(self, physical: str, points: Sequence[models.PointStruct] | Sequence[grpc.PointStruct]) -> None:
         def send(part: Sequence[Any]) -> None:
-            self.calls.check_completed(self._client.upsert(physical, points=list(part), wait=True))
+            if self._speaks_grpc:
+                result = upsert_grpc_points(self._client, physical, part)
+            else:
+                result = self._client.upsert(physical, points=list(part), wait=True)
+            self.calls.check_completed(result)
 
         send_halved(self.calls, lambda count: f"upsert {count} points into {physical!r}", points, send)
 
