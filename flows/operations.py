@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flows.progress import RunObserver
     from tasks.config import BudgetSettings, EmbeddingSettings, IngestSettings, QdrantSettings
-    from tasks.records import CalibrationReport, PlanReport, SearchHit
+    from tasks.records import CalibrationReport, CollectionState, LedgerRecord, PlanReport, SearchHit
 
 
 class Operations:
@@ -32,6 +32,41 @@ class Operations:
         from flows.ingest import ingest as ingest_flow
 
         return ingest_flow
+
+    def verify(self, settings: IngestSettings, observer: RunObserver, *, with_source: bool, repair: bool) -> bool:
+        """Run the flow; what it found is in `observer.verified`. False: it ended red. Raises what ended it early."""
+        from flows.api_server import embedded_api
+        from tasks.check_inputs import check_stored
+
+        observer.stage("check", "collection and source")
+        check_stored(settings, with_source=with_source)
+        observer.stage("prefect", "the configured API, or an embedded one")
+        with embedded_api(settings.data_folder, meanwhile=self.load_verify):
+            state = self.load_verify()(settings, with_source=with_source, repair=repair, return_state=True)
+            if observer.verified is None:
+                state.result()
+            return bool(state.is_completed())
+
+    def load_verify(self) -> Any:
+        from flows.verify import verify as verify_flow
+
+        return verify_flow
+
+    def list_failures(
+        self, qdrant: QdrantSettings, data_folder: str, *, retry: bool
+    ) -> Mapping[str, Sequence[LedgerRecord]]:
+        from tasks.engine.stored_state import list_failures
+
+        return list_failures(qdrant, data_folder, retry=retry)
+
+    def list_collections(
+        self, qdrant: QdrantSettings, data_folder: str, *, name: str | None, drop_old: bool
+    ) -> Sequence[CollectionState]:
+        from tasks.engine.stored_state import drop_old_collections, list_collections
+
+        if drop_old and name is not None:
+            drop_old_collections(qdrant, data_folder, name)
+        return list_collections(qdrant, data_folder, name)
 
     def plan(self, settings: IngestSettings, gpu_memory_bytes: int | None) -> PlanReport:
         from tasks.plan import plan_source

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn
 from rich.text import Text
 
 from tasks.observe import SilentObserver
-from tasks.records import LadderStep, Partition, PartitionReport, RunSummary
+from tasks.records import LadderStep, Partition, PartitionReport, RunSummary, VerifyReport
 from tasks.report import hide_credentials, tabulate_partitions
 from tasks.tables import clean_text, format_bytes, quote_value, to_lines
 
@@ -27,9 +27,13 @@ class RunObserver(SilentObserver):
 
     def __init__(self) -> None:
         self.finished: tuple[RunSummary, tuple[str, ...]] | None = None
+        self.verified: VerifyReport | None = None
 
     def run_finished(self, summary: RunSummary, off: Sequence[str]) -> None:
         self.finished = (summary, tuple(off))
+
+    def verify_finished(self, report: VerifyReport) -> None:
+        self.verified = report
 
 
 class PlainObserver(RunObserver):

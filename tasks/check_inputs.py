@@ -9,6 +9,7 @@ from tasks.backends.model_files import resolve_model
 from tasks.backends.qdrant_collections import check_name
 from tasks.backends.sources import open_source
 from tasks.config import IngestSettings
+from tasks.engine.existing_store import open_existing_store
 from tasks.errors import ConfigError
 
 
@@ -21,6 +22,21 @@ def check_inputs(settings: IngestSettings) -> None:
     check_name(settings.qdrant.collection)
     open_source(settings.source, leave_out=settings.own_folders)
     resolve_model(settings.embedding.model, settings.embedding.revision)
+
+
+def check_stored(settings: IngestSettings, *, with_source: bool) -> None:
+    """Whether there is such a collection, and the source where one is compared with it.
+
+    Raises ConfigError, SourceError, StoreMissing, StoreMismatch, StoreLocked, StoreUnavailable.
+    """
+    check_data_folder(settings.data_folder)
+    if with_source:
+        open_source(settings.source, leave_out=settings.own_folders)
+    store = open_existing_store(settings.qdrant, settings.data_folder, os.environ)
+    try:
+        store.collection_model(settings.qdrant.collection)
+    finally:
+        store.close()
 
 
 def check_data_folder(folder: str) -> None:

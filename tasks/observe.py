@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Protocol
 
-from tasks.records import LadderStep, Partition, PartitionReport, RunSummary
+from tasks.records import LadderStep, Partition, PartitionReport, RunSummary, VerifyReport
 
 
 class Observer(Protocol):
@@ -48,6 +48,10 @@ class Observer(Protocol):
         """The run's books; `off` says line by line what keeps them from closing, and is empty where they close."""
         ...
 
+    def verify_finished(self, report: VerifyReport) -> None:
+        """What a verify found, repaired and left."""
+        ...
+
 
 class SilentObserver:
     """Watches nothing."""
@@ -67,6 +71,8 @@ class SilentObserver:
     def note(self, message: str) -> None: ...
 
     def run_finished(self, summary: RunSummary, off: Sequence[str]) -> None: ...
+
+    def verify_finished(self, report: VerifyReport) -> None: ...
 
 
 # One instance for all contexts is right: it keeps no state.

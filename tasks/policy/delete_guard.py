@@ -62,6 +62,11 @@ def is_covered(doc_id: str, covered: Sequence[str]) -> bool:
     )
 
 
+def exceeds_limits(count: int, known: int, max_documents: int, max_fraction: float) -> bool:
+    """Above both: few of many is everyday work, many of a handful too."""
+    return count > max_documents and count > max_fraction * known
+
+
 def _why_withheld(
     count: int,
     known: int,
@@ -80,7 +85,7 @@ def _why_withheld(
     share = f"{_count_documents(count)} of {known}"
     if listed == 0:
         return f"{share} would be deleted, for the source lists no document at all; none was. {way_out}"
-    if count > max_documents and count > max_fraction * known:
+    if exceeds_limits(count, known, max_documents, max_fraction):
         return (
             f"{share} would be deleted, {count / max(known, 1):.1%}; above both {max_documents} documents "
             f"(deletes.max_documents) and {max_fraction:.1%} (deletes.max_fraction) none is. {way_out}"

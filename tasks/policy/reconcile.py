@@ -59,17 +59,22 @@ class DocumentFacts:
     generations: dict[str, GenerationFacts] = field(default_factory=dict)
 
     @property
-    def points(self) -> int:
-        return sum(generation.points for generation in self.generations.values())
-
-    @property
-    def damaged(self) -> int:
-        return sum(generation.damaged for generation in self.generations.values())
-
-    @property
     def has_identity(self) -> bool:
         """Whether its points say which document they belong to; if not, somebody else wrote them."""
-        return self.doc_id != "" and "" not in self.generations
+        return self.source != "" and self.doc_id != ""
+
+    @property
+    def owned(self) -> dict[str, GenerationFacts]:
+        """The generations that can be this document's."""
+        return {name: found for name, found in self.generations.items() if name} if self.has_identity else {}
+
+    @property
+    def points(self) -> int:
+        return sum(found.points for found in self.owned.values())
+
+    @property
+    def unowned_points(self) -> int:
+        return sum(found.points for found in self.generations.values()) - self.points
 
 
 def reconcile_document(facts: DocumentFacts) -> tuple[Finding, ...]:
@@ -77,9 +82,15 @@ def reconcile_document(facts: DocumentFacts) -> tuple[Finding, ...]:
 
     A parked document is no finding while its content stays: the runs say so, and `ballast failures` lists it.
     """
-    if not facts.has_identity:
-        expected = "doc_id and generation in each point's payload"
-        return (_find(facts, "orphan_points", expected, _describe_points(facts), "delete_points"),)
+    unowned: list[Finding] = []
+    if facts.unowned_points:
+        found = f"{facts.unowned_points} points without"
+        expected = "ballast_source, doc_id and generation in each payload"
+        unowned = [_find(facts, "orphan_points", expected, found, "delete_points")]
+    return (*unowned, *_reconcile_owned(facts))
+
+
+def _reconcile_owned(facts: DocumentFacts) -> tuple[Finding, ...]:
     record = facts.record
     if facts.state in ("absent", "skipped"):
         if not facts.points and (record is None or not record.has_points):
@@ -98,8 +109,8 @@ def reconcile_document(facts: DocumentFacts) -> tuple[Finding, ...]:
 
 def rebuild_record(facts: DocumentFacts, now: str) -> LedgerRecord:
     """A ledger record out of the points alone: done where they are one whole generation, else pending, to be written again."""
-    if len(facts.generations) == 1:
-        ((generation, found),) = facts.generations.items()
+    if len(facts.owned) == 1:
+        ((generation, found),) = facts.owned.items()
         if found.is_whole:
             return LedgerRecord(
                 facts.source,
@@ -123,11 +134,11 @@ def _find(facts: DocumentFacts, kind: FindingKind, expected: str, found: str, re
 
 def _check_vectors(facts: DocumentFacts) -> list[Finding]:
     findings = []
-    wrong = sum(generation.wrong_dimension for generation in facts.generations.values())
+    wrong = sum(found.wrong_dimension for found in facts.owned.values())
     if wrong:
         found = f"{wrong} of {_describe_points(facts)} without"
         findings.append(_find(facts, "wrong_dimension", "a vector of our name and dimension", found, "delete_points"))
-    bad = sum(generation.bad_vectors for generation in facts.generations.values())
+    bad = sum(found.bad_vectors for found in facts.owned.values())
     if bad:
         found = f"{bad} of {_describe_points(facts)} without"
         findings.append(_find(facts, "bad_vector", "a finite vector of unit length", found, "delete_points"))
@@ -136,7 +147,7 @@ def _check_vectors(facts: DocumentFacts) -> list[Finding]:
 
 def _check_without_record(facts: DocumentFacts) -> list[Finding]:
     if facts.points:
-        whole = ", whole" if len(facts.generations) == 1 and all(g.is_whole for g in facts.generations.values()) else ""
+        whole = ", whole" if len(facts.owned) == 1 and all(found.is_whole for found in facts.owned.values()) else ""
         found = f"none, and {_describe_points(facts)}{whole}"
         return [_find(facts, "orphan_points", "a ledger record", found, "write_ledger")]
     if facts.state == "readable":
@@ -156,7 +167,7 @@ def _describe_half_written(facts: DocumentFacts, record: LedgerRecord) -> Findin
 def _check_points(facts: DocumentFacts, record: LedgerRecord) -> list[Finding]:
     """Against what was committed last; a failed document may still have its last good version stored."""
     findings = []
-    own = facts.generations.get(record.generation, GenerationFacts())
+    own = facts.owned.get(record.generation, GenerationFacts())
     expected = f"{record.nodes} points"
     if own.points < record.nodes:
         findings.append(_find(facts, "missing_points", expected, str(own.points), "write_ledger"))
@@ -166,7 +177,7 @@ def _check_points(facts: DocumentFacts, record: LedgerRecord) -> list[Finding]:
         findings.append(_find(facts, "surplus_points", expected, f"{own.points} with other ids", "delete_points"))
     others = facts.points - own.points
     if others:
-        found = f"{others} points of {len(facts.generations) - (own.points > 0)} other generations"
+        found = f"{others} points of {len(facts.owned) - (own.points > 0)} other generations"
         # Where its own points are not whole, the others may be all that readers have: the next commit deletes them.
         repair: Repair = "write_ledger" if findings else "delete_points"
         generation = f"generation {record.generation[:12]} only" if record.generation else "no points"
@@ -191,4 +202,4 @@ def _check_content(facts: DocumentFacts, record: LedgerRecord) -> list[Finding]:
 def _describe_points(facts: DocumentFacts) -> str:
     points = facts.points
     count = "1 point" if points == 1 else f"{points} points"
-    return f"{count} of {len(facts.generations)} generations" if len(facts.generations) > 1 else count
+    return f"{count} of {len(facts.owned)} generations" if len(facts.owned) > 1 else count
