@@ -46,6 +46,11 @@ class SourceSettings(Settings):
         ByteSize(512 * 1024**2),
         description="A larger md, txt, html, pdf or docx file is reported as failed: it is read whole.",
     )
+    max_text_bytes: ByteSize = Field(
+        ByteSize(16 * 1024**2),
+        description="A document with more text fails, and so does a longer line of csv or jsonl: all its nodes are held at "
+        "once, in about 20 times the text. 16 MiB are some 25,000 nodes.",
+    )
 
 
 class ChunkingSettings(Settings):

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from tasks.backends.texts import TooLarge, Unusable
+from tasks.backends.texts import Unusable
 from tasks.errors import SourceError
 
 _BLOCK_BYTES = 256 * 1024
@@ -93,30 +93,30 @@ def open_binary(fs: Any, path: str) -> IO[bytes]:
     return stream
 
 
-def read_bytes(fs: Any, path: str, max_bytes: int) -> bytes:
-    """The whole file. Raises Unusable: larger than max_bytes; and io_errors()."""
+def read_bytes(fs: Any, path: str, max_bytes: int, knob: str) -> bytes:
+    """The whole file. Raises Unusable: larger than max_bytes, which `knob` sets; and io_errors()."""
     with open_binary(fs, path) as stream:
         data = stream.read(max_bytes + 1)
     if len(data) > max_bytes:
-        raise TooLarge(describe_too_large(None, max_bytes))
+        raise Unusable(describe_too_large(None, max_bytes, knob))
     return data
 
 
-def read_blocks(fs: Any, path: str, max_bytes: int) -> Iterator[bytes]:
+def read_blocks(fs: Any, path: str, max_bytes: int, knob: str) -> Iterator[bytes]:
     """The file in blocks of at most _BLOCK_BYTES; none for an empty one. Raises as read_bytes does."""
     read = 0
     with open_binary(fs, path) as stream:
         while block := stream.read(_BLOCK_BYTES):
             read += len(block)
             if read > max_bytes:
-                raise TooLarge(describe_too_large(None, max_bytes))
+                raise Unusable(describe_too_large(None, max_bytes, knob))
             yield block
 
 
-def describe_too_large(size_bytes: int | None, max_bytes: int) -> str:
+def describe_too_large(size_bytes: int | None, max_bytes: int, knob: str) -> str:
     size = f"{size_bytes:,} bytes" if size_bytes is not None else f"more than {max_bytes:,} bytes"
     return (
-        f"{size}; the limit is {max_bytes:,}, since such a file is read whole. Split it, or raise source.max_file_bytes"
+        f"{size}; the limit is {max_bytes:,}, since it is held in memory as a whole. Split it, or raise source.{knob}"
     )
 
 

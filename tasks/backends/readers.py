@@ -30,8 +30,8 @@ from tasks.backends.filesystem import (
     read_bytes,
 )
 from tasks.backends.texts import (
-    TooLarge,
     Unusable,
+    check_text_size,
     clean_metadata,
     clean_text,
     clean_title,
@@ -60,23 +60,22 @@ _FRONT_MATTER = re.compile(r"\A---[ \t]*\n(.*?)\n(?:---|\.\.\.)[ \t]*(?:\n|\Z)",
 _MAX_FRONT_MATTER_CHARS = 64 * 1024
 _DROPPED_TAGS = ("script", "style", "nav", "template", "noscript", "svg", "iframe", "head")
 _OLE_MAGIC = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"
+_XML_BYTES_PER_TEXT = 8  # Word writes some marks for each word that was touched
 _CORE_TITLE = "{http://purl.org/dc/elements/1.1/}title"
 
 
 def read_file(ref: FileRef, settings: SourceSettings) -> Document | Rejection:
     """The document in `ref`, or why there is none: what is wrong with a file is never raised. For a process pool.
 
-    Its content_hash is hash_content's, of the very bytes that were parsed. A Rejection has one where the content is what
-    is wrong; not where it could not be read, or a limit forbids it: then the same bytes may do tomorrow.
+    Its content_hash is hash_content's, of the very bytes that were parsed. A Rejection has one too, but where the file was
+    not read: it could not be, or is above a limit.
     """
     content_hash = ""
     try:
-        _check_size(ref, settings)
-        data = read_bytes(connect_to_file(ref.uri, settings.uri), ref.uri, settings.max_file_bytes)
+        limit = _check_size(ref, settings)
+        data = read_bytes(connect_to_file(ref.uri, settings.uri), ref.uri, *limit)
         content_hash = _hash_blocks([data], ref, settings)
         return _parse_document(data, ref, settings, content_hash)
-    except TooLarge as problem:
-        return _reject(ref, problem.status, problem.reason)
     except Unusable as problem:
         return _reject(ref, problem.status, problem.reason, content_hash)
     except io_errors() as error:
@@ -89,8 +88,8 @@ def hash_content(ref: FileRef, settings: SourceSettings) -> str | Rejection:
     In blocks: its memory does not depend on the file. A file that can't be read is a Rejection, as read_file's is.
     """
     try:
-        _check_size(ref, settings)
-        blocks = read_blocks(connect_to_file(ref.uri, settings.uri), ref.uri, settings.max_file_bytes)
+        limit = _check_size(ref, settings)
+        blocks = read_blocks(connect_to_file(ref.uri, settings.uri), ref.uri, *limit)
         return _hash_blocks(blocks, ref, settings)
     except Unusable as problem:
         return _reject(ref, problem.status, problem.reason)
@@ -99,9 +98,10 @@ def hash_content(ref: FileRef, settings: SourceSettings) -> str | Rejection:
 
 
 def _hash_blocks(blocks: Iterable[bytes], ref: FileRef, settings: SourceSettings) -> str:
-    encoding = _name_codec(settings.encoding) if ref.format in _TEXT_FORMATS else ""
-    # No format and no encoding has a NUL in its name, so no two headers and contents run together to the same bytes.
-    digest = hashlib.sha256(f"{_PARSING_VERSION}\0{ref.format}\0{encoding}\0".encode())
+    # Of a packed file only its text can be too long, and that shows after it has been read: another limit, another outcome.
+    decides = _name_codec(settings.encoding) if ref.format in _TEXT_FORMATS else str(int(settings.max_text_bytes))
+    # There is no NUL in either, so no two headers and contents run together to the same bytes.
+    digest = hashlib.sha256(f"{_PARSING_VERSION}\0{ref.format}\0{decides}\0".encode())
     for block in blocks:
         digest.update(block)
     return digest.hexdigest()
@@ -112,9 +112,14 @@ def _name_codec(encoding: str) -> str:
     return codecs.lookup(encoding).name  # UTF8, utf-8 and utf_8 are one
 
 
-def _check_size(ref: FileRef, settings: SourceSettings) -> None:
-    if ref.source_bytes > settings.max_file_bytes:
-        raise TooLarge(describe_too_large(ref.source_bytes, settings.max_file_bytes))
+def _check_size(ref: FileRef, settings: SourceSettings) -> tuple[int, str]:
+    """(bytes that the file may have, the knob that says so)."""
+    limit = (int(settings.max_file_bytes), "max_file_bytes")
+    if ref.format in _TEXT_FORMATS:
+        limit = min(limit, (int(settings.max_text_bytes), "max_text_bytes"))
+    if ref.source_bytes > limit[0]:
+        raise Unusable(describe_too_large(ref.source_bytes, *limit))
+    return limit
 
 
 def _reject(ref: FileRef, status: Literal["failed", "skipped"], reason: str, content_hash: str = "") -> Rejection:
@@ -259,7 +264,7 @@ _PDF_DAMAGE = (
 )
 
 
-def _parse_pdf(data: bytes, _settings: SourceSettings) -> Parsed:
+def _parse_pdf(data: bytes, settings: SourceSettings) -> Parsed:
     """The pages' text, joined with blank lines."""
     import pypdf
     from pypdf.errors import DependencyError, FileNotDecryptedError, PyPdfError
@@ -271,7 +276,13 @@ def _parse_pdf(data: bytes, _settings: SourceSettings) -> Parsed:
         pdf = pypdf.PdfReader(io.BytesIO(data))
         if pdf.is_encrypted and not pdf.decrypt(""):
             raise Unusable("encrypted: it needs a password. Save it without one")
-        pages = [page.extract_text().strip() for page in pdf.pages]
+        pages: list[str] = []
+        text_chars = 0
+        for page in pdf.pages:
+            pages.append(page.extract_text().strip())
+            text_chars += len(pages[-1])
+            if text_chars > settings.max_text_bytes:  # far too much: don't go on for minutes to say by how much
+                check_text_size("\n\n".join(pages), settings.max_text_bytes)
         title = pdf.metadata.title if pdf.metadata else None
     except (DependencyError, FileNotDecryptedError) as error:
         raise Unusable(f"encrypted: {error}. Save it without a password") from error
@@ -289,7 +300,9 @@ def _parse_pdf(data: bytes, _settings: SourceSettings) -> Parsed:
         logger.warning("PDF with pages without a text layer: pages=%d without_text=%d", len(pages), without_text)
     if isinstance(title, str) and not is_blank(title):
         metadata["title"] = clean_title(title)
-    return "\n\n".join(page for page in pages if page), metadata, "text"
+    text = "\n\n".join(page for page in pages if page)
+    check_text_size(text, settings.max_text_bytes)
+    return text, metadata, "text"
 
 
 _DOCX_DAMAGE = (
@@ -317,12 +330,14 @@ def _parse_docx(data: bytes, settings: SourceSettings) -> Parsed:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             # Some kilobytes of zip can unpack to gigabytes; zipfile does not go beyond the sizes declared here.
             unpacked = sum(member.file_size for member in archive.infolist() if member.filename.endswith(".xml"))
-            if unpacked > settings.max_file_bytes:
-                raise TooLarge(f"unpacked, {describe_too_large(unpacked, settings.max_file_bytes)}")
+            max_unpacked = _XML_BYTES_PER_TEXT * settings.max_text_bytes
+            if unpacked > max_unpacked:
+                raise Unusable(f"unpacked, {describe_too_large(unpacked, max_unpacked, 'max_text_bytes')}")
             title = _find_docx_title(archive)
         text = docx2txt.process(io.BytesIO(data))
     except _DOCX_DAMAGE as error:
         raise Unusable(f"damaged docx: {type(error).__name__} {error}") from error
+    check_text_size(text, settings.max_text_bytes)
     metadata = {"title": clean_title(title)} if title and not is_blank(title) else {}
     return re.sub(r"\n{3,}", "\n\n", text), metadata, "text"
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from tasks.backends.filesystem import explain_io_error, io_errors, open_binary
 from tasks.backends.texts import (
     Unusable,
+    check_text_size,
     clean_metadata,
     clean_text,
     describe_binary,
@@ -33,6 +34,7 @@ from tasks.config import SourceSettings
 from tasks.records import Document, FileRef, Rejection
 
 _DELIMITERS = (",", ";", "\t", "|")
+_BLOCK_BYTES = 256 * 1024
 _BATCH_ROWS = 256  # of parquet at a time: a row may hold a whole article
 _HOPELESS_ROWS = 100  # a file whose first hundred rows all fail has the wrong shape, not some bad rows
 
@@ -103,6 +105,7 @@ def _read_row(name: str, row: _Row, ref: FileRef, settings: SourceSettings) -> D
     text = _find_text(values, settings)
     if is_blank(text):
         raise Unusable("no text in it", "skipped")
+    check_text_size(text, settings.max_text_bytes)
     metadata = {**clean_metadata(_select_metadata(values, settings)), **file_metadata(ref.doc_id, ref.format)}
     return Document(name, text, metadata, "text", row.source_bytes, _hash_row(text, metadata))
 
@@ -181,17 +184,27 @@ def _find_encoding(stream: IO[bytes], settings: SourceSettings) -> str:
     return encoding
 
 
-def _read_lines(stream: IO[bytes], encoding: str, max_bytes: int) -> Iterator[bytes | str]:
+@dataclass(frozen=True, slots=True)
+class _LongLine:
+    """A line above the limit, which was passed over without being held."""
+
+    bytes: int
+
+
+def _read_lines(stream: IO[bytes], encoding: str, max_bytes: int) -> Iterator[bytes | str | _LongLine]:
     """Lines with their ends: as bytes, so that one bad line stays one; as text where 0x0A may be half a character."""
     wide = "\n".encode(encoding) != b"\n"
     source: Any = io.TextIOWrapper(stream, encoding=encoding, newline="") if wide else stream
     try:
         while line := source.readline(max_bytes + 1):
-            if len(line) > max_bytes:
-                raise Unusable(
-                    f"a line of more than {max_bytes:,} bytes: it and what follows is not read. Raise source.max_file_bytes"
-                )
-            yield line
+            if len(line) <= max_bytes:
+                yield line
+                continue
+            size = _count_bytes(line, encoding)
+            while line and line[-1:] not in ("\n", b"\n"):
+                line = source.readline(_BLOCK_BYTES)
+                size += _count_bytes(line, encoding)
+            yield _LongLine(size)
     finally:
         if wide and not stream.closed:
             source.detach()  # else it closes the stream, which is not its own
@@ -199,7 +212,10 @@ def _read_lines(stream: IO[bytes], encoding: str, max_bytes: int) -> Iterator[by
 
 def _jsonl_rows(stream: IO[bytes], settings: SourceSettings, _ref: FileRef) -> Generator[_Row, None, None]:
     encoding = _find_encoding(stream, settings)
-    for number, line in enumerate(_read_lines(stream, encoding, settings.max_file_bytes), start=1):
+    for number, line in enumerate(_read_lines(stream, encoding, settings.max_text_bytes), start=1):
+        if isinstance(line, _LongLine):
+            yield _Row(number, None, f"line {number} has {_describe_long(line, settings)}", line.bytes)
+            continue
         values: Any = None
         problem = ""
         try:
@@ -218,6 +234,11 @@ def _jsonl_rows(stream: IO[bytes], settings: SourceSettings, _ref: FileRef) -> G
         yield _Row(number, values, problem, _count_bytes(line, encoding))
 
 
+def _describe_long(line: _LongLine, settings: SourceSettings) -> str:
+    limit = f"{settings.max_text_bytes:,}"
+    return f"{line.bytes:,} bytes; the limit is {limit}. Split its text into rows, or raise source.max_text_bytes"
+
+
 def _count_bytes(line: bytes | str, encoding: str) -> int:
     return len(line if isinstance(line, bytes) else line.encode(encoding, "replace"))
 
@@ -228,13 +249,18 @@ class _CsvLines:
 
     stream: IO[bytes]
     encoding: str
-    max_bytes: int
+    settings: SourceSettings
     number: int = 0
     bytes: int = 0
 
     def __iter__(self) -> Iterator[str]:
-        for line in _read_lines(self.stream, self.encoding, self.max_bytes):
+        for line in _read_lines(self.stream, self.encoding, self.settings.max_text_bytes):
             self.number += 1
+            if isinstance(
+                line, _LongLine
+            ):  # a quote in it may have been opened or closed: what follows can mean anything
+                long = _describe_long(line, self.settings)
+                raise Unusable(f"line {self.number} has {long}. What follows is not read")
             self.bytes += _count_bytes(line, self.encoding)
             # A generator that raises is over: bad bytes are let through as lone surrogates, and found in their row.
             yield line if isinstance(line, str) else line.decode(self.encoding, "surrogateescape")
@@ -243,8 +269,8 @@ class _CsvLines:
 def _csv_rows(stream: IO[bytes], settings: SourceSettings, _ref: FileRef) -> Generator[_Row, None, None]:
     """By the header's names. The delimiter is the one of , ; tab | that gives a header with the fields wanted."""
     # Python's own limit of 128 KiB a field holds for the whole process; an article is longer.
-    csv.field_size_limit(int(settings.max_file_bytes))
-    counted = _CsvLines(stream, _find_encoding(stream, settings), settings.max_file_bytes)
+    csv.field_size_limit(int(settings.max_text_bytes))
+    counted = _CsvLines(stream, _find_encoding(stream, settings), settings)
     lines = iter(counted)
     first = next((line for line in lines if not is_blank(line)), None)
     if first is None:

@@ -45,10 +45,6 @@ class Unusable(Exception):  # noqa: N818  caught where the document's name is kn
         self.status = status
 
 
-class TooLarge(Unusable):
-    """Above a limit that a knob sets: the same content may do once it is raised."""
-
-
 def find_byte_order_mark(head: bytes) -> tuple[str, int] | None:
     """Encoding and length in bytes of the mark that `head` begins with."""
     for mark, encoding in _BYTE_ORDER_MARKS:
@@ -97,6 +93,18 @@ def describe_misencoded(error: UnicodeDecodeError, start: int = 0) -> str:
 def clean_text(text: str) -> str:
     """Lone surrogates can't be encoded and NUL is cut off or refused by what comes later: both become U+FFFD."""
     return _UNSTORABLE.sub("\ufffd", text)
+
+
+def check_text_size(text: str, max_bytes: int) -> None:
+    """Raises Unusable: more text than a document may have."""
+    if len(text) <= max_bytes // 4:  # no character takes more
+        return
+    size_bytes = len(text.encode(errors="replace"))
+    if size_bytes > max_bytes:
+        raise Unusable(
+            f"{size_bytes:,} bytes of text in one document; the limit is {max_bytes:,}. Split it, or raise "
+            "source.max_text_bytes"
+        )
 
 
 def is_blank(text: str) -> bool:

@@ -231,13 +231,31 @@ def test_utf16_that_breaks_off_in_a_character_fails_after_its_good_rows(tmp_path
     assert any(status == "failed" for status, _ in problems(rows).values())
 
 
+def test_a_line_of_jsonl_above_the_limit_fails_and_the_next_ones_are_read(tmp_path: Path) -> None:
+    lines = ['{"id": "a", "text": "one"}', f'{{"id": "b", "text": "{"x" * 300_000}"}}', '{"id": "c", "text": "three"}']
+    for content in ("\n".join(lines).encode(), "\n".join(lines).encode("utf-16")):
+        rows = read_text(tmp_path, "t.jsonl", content, max_text_bytes=1000)
+        assert texts(rows) == {"t.jsonl#a": "one", "t.jsonl#c": "three"}
+        [(name, (status, reason))] = problems(rows).items()
+        assert (name, status) == ("t.jsonl:2", "failed")
+        assert "the limit is 1,000" in reason
+
+
+def test_a_row_with_more_text_than_a_document_may_have_fails(table: Path) -> None:
+    rows = [{"id": "a", "text": "x" * 600, "more": "y" * 600}, {"id": "b", "text": "two", "more": ""}]
+    found = read(write_rows(table, rows), text_fields=("text", "more"), max_text_bytes=1000)
+    assert "source.max_text_bytes" in next(iter(problems(found).values()))[1]
+    if table.suffix != ".csv":  # there, quotes in the long line may have begun anything
+        assert texts(found) == {f"{table.name}#b": "two"}
+
+
 @pytest.mark.parametrize("name", ["t.jsonl", "t.csv"])
 def test_a_line_longer_than_a_file_may_be_fails_without_being_read(tmp_path: Path, name: str) -> None:
     first = '{"id": "a", "text": "one"}\n' if name == "t.jsonl" else "id,text\na,one\n"
-    rows = read_text(tmp_path, name, first + "x" * 5000, max_file_bytes=1000)
+    rows = read_text(tmp_path, name, first + "x" * 5000, max_text_bytes=1000)
     assert texts(rows) == {f"{name}#a": "one"}
     [(status, reason)] = problems(rows).values()
-    assert (status, "source.max_file_bytes" in reason) == ("failed", True)
+    assert (status, "source.max_text_bytes" in reason) == ("failed", True)
 
 
 def test_a_file_of_the_wrong_shape_is_given_up_after_a_hundred_rows(tmp_path: Path) -> None:
@@ -453,7 +471,7 @@ def test_a_table_that_can_not_be_read_may_hold_any_row(table: Path) -> None:
     ],
 )
 def test_what_is_hidden_behind_a_broken_jsonl(tmp_path: Path, content: bytes) -> None:
-    assert "t.jsonl#" in hidden(read_text(tmp_path, "t.jsonl", content, max_file_bytes=1000)).values()
+    assert "t.jsonl#" in hidden(read_text(tmp_path, "t.jsonl", content, max_text_bytes=1000)).values()
 
 
 def test_what_is_hidden_behind_a_hopeless_table(tmp_path: Path) -> None:
