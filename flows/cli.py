@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from flows import cli_state
 from flows.cli_exit import EPILOG, FAILED, OK, RUN_AGAIN, ExitCodes, stop_on_ctrl_c
 from flows.cli_options import (
     ChunkOverlap,
@@ -30,6 +29,7 @@ from flows.cli_options import (
     SourceName,
     open_terminal,
 )
+from flows.cli_state import collections, failures, verify
 from flows.operations import Operations
 from tasks.errors import BallastError, ConfigError
 
@@ -277,7 +277,7 @@ def calibrate(
             terminal.print_tables(tabulate_calibration(report), tabulate_coefficients(report), tabulate_probes(report))
 
 
-for command in (cli_state.verify, cli_state.failures, cli_state.collections):
+for command in (verify, failures, collections):
     app.command(epilog=EPILOG)(command)
 
 

@@ -8,6 +8,7 @@ from typing import Any, cast
 from prefect import flow
 from prefect.runtime import flow_run
 from prefect.states import Failed
+from prefect.utilities.annotations import quote
 
 from flows.ingest import ingest
 from tasks.config import IngestSettings
@@ -28,15 +29,16 @@ def _name_run() -> str:
 def verify(settings: IngestSettings, with_source: bool = True, repair: bool = False) -> VerifyReport:
     """Compare a collection with its ledger and its source. CollectionDiffers, red, where anything is off at the end."""
     started = time.monotonic()
-    found = inspect(settings, with_source=with_source)
+    found = inspect.submit(settings, with_source=with_source).result()
     again: Inspection | None = None
     notes: tuple[str, ...] = ()
     if repair and found.findings:
-        mended = repair_findings(settings, found)
+        # quote: Prefect would look into every document for futures to wait for.
+        mended = repair_findings.submit(settings, quote(found)).result()  # type: ignore[call-overload]
         notes = mended.notes
         if mended.needs_ingest:
             notes += embed_missing(mended.settings)
-        again = inspect(settings, with_source=with_source)
+        again = inspect.submit(settings, with_source=with_source).result()
     report = make_report(found, again, notes, time.monotonic() - started)
     publish_findings(report)
     current_observer.get().verify_finished(report)
