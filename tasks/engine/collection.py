@@ -58,6 +58,7 @@ class RunCollection:
             fingerprint=fingerprint,
             model=files.name,
             revision=files.revision,
+            recipe=recipe,
             on_change=settings.on_change,
         )
         self.physical = self.plan.physical
