@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import select
 import socket
 import threading
 from collections.abc import Callable
@@ -28,6 +29,8 @@ class Fault:
     headers: dict[str, str] = field(default_factory=dict)
     after_effect: bool = False
     reset: bool = False
+    hang_s: float = 0.0  # no answer until the caller gives up, or for so long; then a reset
+    skip: int = 0  # so many matching requests pass first
 
 
 class LoopbackQdrant:
@@ -64,10 +67,13 @@ class LoopbackQdrant:
         return sum(re.fullmatch(pattern, request) is not None for request, _, _ in self.requests)
 
     def answer(self, request: str, size: int, headers: dict[str, str], body: dict[str, Any]) -> Answer:
-        """What one request gets: status (0: a reset), headers and body."""
+        """What one request gets: status (0: a reset, after headers' "hang" seconds at most), headers and body."""
         with self._lock:
             self.requests.append((request, headers, body))
             fault = next((each for each in self.faults if re.fullmatch(each.on, request)), None)
+            if fault is not None and fault.skip > 0:
+                fault.skip -= 1
+                fault = None
             if fault is not None:
                 self.faults.remove(fault)
             if fault is None or fault.after_effect:
@@ -76,8 +82,8 @@ class LoopbackQdrant:
                     return 400, {}, {"status": {"error": said}, "time": 0}
                 status, result = self._apply(request, body)
             if fault is not None:
-                if fault.reset:
-                    return 0, {}, None
+                if fault.reset or fault.hang_s:
+                    return 0, {"hang": str(fault.hang_s)}, None
                 return fault.status, fault.headers, {"status": {"error": fault.error}, "time": 0}
             if status != 200:
                 return status, {}, {"status": {"error": result}, "time": 0}
@@ -220,13 +226,15 @@ class LoopbackQdrant:
                     body = json.loads(content) if content else {}
                     status, headers, answer = double.answer(f"{self.command} {path}", size, dict(self.headers), body)
                 if status == 0:
+                    select.select([self.connection], [], [], float(headers["hang"]))  # readable: the caller is gone
                     # Linger 0: the client sees a reset, not an orderly end.
                     self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
                     self.close_connection = True
                     return
                 encoded = json.dumps(answer).encode()
                 self.send_response(status)
-                for key, value in {**headers, "Content-Length": str(len(encoded))}.items():
+                # A fault may promise more bytes than come: an answer that is cut off.
+                for key, value in {"Content-Length": str(len(encoded)), **headers}.items():
                     self.send_header(key, value)
                 self.end_headers()
                 self.wfile.write(encoded)

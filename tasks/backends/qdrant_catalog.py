@@ -21,6 +21,7 @@ from tasks.backends.qdrant_collections import (
     find_ledgers,
     is_ours,
     is_physical_name,
+    is_points_of,
     name_ledger,
     plan_live,
     read_dense_vector,
@@ -95,8 +96,8 @@ class Catalog:
         states = []
         collections = self.collections()
         for physical in sorted(each for each in collections if is_physical_name(name, each)):
-            metadata = self._info(physical).config.metadata
-            if metadata is None or not is_ours(metadata) or metadata.get("collection") != name:
+            metadata = self._info(physical).config.metadata or {}
+            if not is_points_of(name, metadata):
                 continue
             ledger = name_ledger(physical)
             state = CollectionState(
@@ -192,8 +193,7 @@ class Catalog:
                 f"Collection {physical!r} is what {', '.join(map(repr, named))} stands for now: dropping it would leave "
                 "its readers with nothing. Switch the name to another collection first."
             )
-        metadata = self._info(physical).config.metadata
-        if metadata is None or not is_ours(metadata) or metadata.get("collection") != name:
+        if not is_points_of(name, self._info(physical).config.metadata):
             raise StoreRejected(
                 f"Collection {physical!r} is not one of {name!r}: Ballast drops none that it did not make for this name."
             )

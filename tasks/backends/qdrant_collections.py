@@ -123,6 +123,13 @@ def is_ours(metadata: Mapping[str, Any] | None) -> bool:
     return metadata is not None and metadata.get("owner") == OWNER
 
 
+def is_points_of(name: str, metadata: Mapping[str, Any] | None) -> bool:
+    """Whether the metadata is of a physical collection of `name`, of any schema version, and of no ledger."""
+    if metadata is None or not is_ours(metadata):
+        return False
+    return metadata.get("collection") == name and metadata.get("kind") != "ledger"
+
+
 def read_dense_vector(info: models.CollectionInfo) -> models.VectorParams | None:
     """The parameters of `text-dense`; None for a collection without it, or with one unnamed vector."""
     vectors = info.config.params.vectors
@@ -216,7 +223,7 @@ def _describe_knobs(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     if not before or not now:
         return ""
     was, has = dict(_flatten(before)), dict(_flatten(now))
-    differing = [knob for knob in {**was, **has} if was.get(knob) != has.get(knob)]
+    differing = [knob for knob in {**has, **was} if was.get(knob) != has.get(knob)]
     shown = [f"{knob} {_shorten(was.get(knob))} (now {_shorten(has.get(knob))})" for knob in differing[:_SHOWN_KNOBS]]
     more = len(differing) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more else "")

@@ -11,51 +11,27 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import grpc
-import httpx
 import numpy as np
 import pytest
 from qdrant_client import QdrantClient, models
-from qdrant_client.common.client_exceptions import QdrantException, ResourceExhaustedResponse
-from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
 
 from tasks.backends.fake_qdrant_server import Fault, LoopbackQdrant
 from tasks.backends.points import split_batches
 from tasks.backends.qdrant import QdrantStore, open_store
 from tasks.backends.qdrant_calls import RetryPolicy
 from tasks.backends.qdrant_connection import is_loopback, read_version
-from tasks.backends.qdrant_faults import BatchTooLarge, to_store_error
 from tasks.config import QdrantSettings
-from tasks.errors import ConfigError, StoreError, StoreLocked, StoreMismatch, StoreRejected, StoreUnavailable
+from tasks.errors import ConfigError, StoreError, StoreLocked, StoreRejected, StoreUnavailable
 
 DIMENSION = 8
 PRINT_A, PRINT_B = "a" * 32, "b" * 32
 UPSERT = "PUT /collections/[^/]+/points"
-
-
-@pytest.fixture
-def server() -> Iterator[LoopbackQdrant]:
-    with LoopbackQdrant() as double:
-        yield double
-
-
-@pytest.fixture(params=["memory", "folder", "server"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[QdrantStore]:
-    if request.param == "memory":
-        opened = QdrantStore(QdrantClient(":memory:"), place="in memory", is_embedded=True)
-    elif request.param == "folder":
-        opened = open_store(QdrantSettings(), str(tmp_path), environment={})
-    else:
-        opened = open_store(QdrantSettings(url=request.getfixturevalue("server").url), str(tmp_path), environment={})
-    with closing(opened):
-        yield opened
 
 
 def open_server(server: LoopbackQdrant, *, sleeps: list[float] | None = None, **knobs: Any) -> QdrantStore:
@@ -95,19 +71,6 @@ def sizes_of_upserts(server: LoopbackQdrant) -> list[int]:
 
 
 # ---------------------------------------------------------------------------------------------- the contract
-
-
-def test_a_collection_is_an_alias_with_our_metadata(store: QdrantStore) -> None:
-    expected = f"docs--{PRINT_A[:12]}"
-    assert store.check_collection("docs", dimension=DIMENSION, fingerprint=PRINT_A) == expected
-    assert store.list_collections() == []  # asking changed nothing
-    assert prepare(store) == expected
-    assert prepare(store) == expected
-    assert store.list_collections() == ["docs"]
-    metadata = store.collection_model("docs")
-    assert metadata == store.collection_model(expected)
-    assert (metadata["owner"], metadata["fingerprint"], metadata["model"]) == ("ballast", PRINT_A, "mini")
-    assert (metadata["dimension"], metadata["schema_version"], metadata["collection"]) == (DIMENSION, 1, "docs")
 
 
 def test_points_are_stored_found_and_counted(store: QdrantStore) -> None:
@@ -150,52 +113,6 @@ def test_refreshed_payloads_keep_their_vectors(store: QdrantStore) -> None:
     assert hit.score == pytest.approx(1.0, abs=1e-5)
     with pytest.raises(StoreRejected, match="could not refresh 1 payloads"):
         store.refresh_payloads(physical, [str(uuid.uuid4())], changed[:1])
-
-
-def test_another_fingerprint_or_dimension_is_refused(store: QdrantStore) -> None:
-    prepare(store)
-    with pytest.raises(StoreMismatch, match=rf"another --collection.*{PRINT_A[:12]}, now {PRINT_B[:12]}"):
-        store.check_collection("docs", dimension=DIMENSION, fingerprint=PRINT_B)
-    with pytest.raises(StoreMismatch, match=r"dimension 8 \(model mini\); big gives 1024.*another --collection"):
-        store.prepare_collection("docs", dimension=1024, fingerprint=PRINT_B, model="big")
-    assert store.list_collections() == ["docs"]
-    assert prepare(store, "docs2", fingerprint=PRINT_B) == f"docs2--{PRINT_B[:12]}"
-
-
-@pytest.mark.parametrize(
-    ("model", "revision", "message"),
-    [
-        ("mini", "1" * 64, "with this model .mini. but another chunking, precision, prompt"),
-        ("moved/mini", "1" * 64, "with this model .moved/mini. but another chunking"),
-        ("mini", "2" * 64, "with revision 111111111111 of mini; this run has 222222222222"),
-        ("big", "2" * 64, "with model mini; this run has big"),
-    ],
-)
-def test_a_refused_fingerprint_says_what_differs(store: QdrantStore, model: str, revision: str, message: str) -> None:
-    store.prepare_collection("docs", dimension=DIMENSION, fingerprint=PRINT_A, model="mini", revision="1" * 64)
-    with pytest.raises(StoreMismatch, match=message):
-        store.prepare_collection("docs", dimension=DIMENSION, fingerprint=PRINT_B, model=model, revision=revision)
-
-
-def test_a_physical_collection_is_not_a_name(store: QdrantStore) -> None:
-    physical = prepare(store)
-    with pytest.raises(StoreMismatch, match="Use --collection docs"):
-        prepare(store, physical)
-
-
-@pytest.mark.parametrize("name", ["", "..", "a/b", "a:b", "x" * 242])
-def test_a_name_that_qdrant_forbids_is_refused_first(store: QdrantStore, name: str) -> None:
-    with pytest.raises(ConfigError, match="Collection name"):
-        prepare(store, name)
-
-
-def test_a_missing_collection_names_those_there(store: QdrantStore) -> None:
-    with pytest.raises(StoreError, match=r"has no collection 'nope'; it has none: run `ballast ingest` first"):
-        store.collection_model("nope")
-    prepare(store)
-    for ask in (store.collection_model, lambda name: store.search(name, make_points(1)[1][0], limit=1)):
-        with pytest.raises(StoreError, match="has no collection 'nope'; it has docs"):
-            ask("nope")
 
 
 @pytest.mark.parametrize(
@@ -241,64 +158,7 @@ def test_threads_share_a_store(store: QdrantStore) -> None:
     assert store.count("docs") == 720
 
 
-# ---------------------------------------------------------------------------------------------- not ours
-
-
-def test_foreign_collections_are_refused_and_left_alone(tmp_path: Path) -> None:
-    client = QdrantClient(path=str(tmp_path / "qdrant"))
-    cosine = models.VectorParams(size=DIMENSION, distance=models.Distance.COSINE)
-    client.create_collection("theirs", vectors_config=cosine)
-    client.create_collection("named", vectors_config={"text-dense": cosine}, metadata={"owner": "somebody"})
-    ours = {"owner": "ballast", "schema_version": 1, "fingerprint": PRINT_A, "model": "mini"}
-    client.create_collection("unnamed--x", vectors_config=cosine, metadata=ours)
-    client.create_collection("newer--x", vectors_config={"text-dense": cosine}, metadata={**ours, "schema_version": 2})
-    dot = models.VectorParams(size=DIMENSION, distance=models.Distance.DOT)
-    client.create_collection("dot--x", vectors_config={"text-dense": dot}, metadata=ours)
-    for name in ("unnamed", "newer", "dot"):
-        alias = models.CreateAlias(collection_name=f"{name}--x", alias_name=name)
-        client.update_collection_aliases([models.CreateAliasOperation(create_alias=alias)])
-    client.close()
-    with closing(open_store(QdrantSettings(), str(tmp_path), environment={})) as store:
-        for name, message in [
-            ("theirs", "was not made by Ballast: its owner is None"),
-            ("named", "was not made by Ballast: its owner is 'somebody'"),
-            ("unnamed", "no vector named 'text-dense' .it has: one unnamed vector"),
-            ("newer", "schema version 2; this Ballast writes 1"),
-            ("dot", "by Dot; Ballast's are made for Cosine"),
-        ]:
-            with pytest.raises(StoreMismatch, match=rf"(?s){message}.*another --collection"):
-                prepare(store, name)
-        with pytest.raises(StoreMismatch, match="does not say which model"):
-            store.collection_model("theirs")
-        assert store.list_collections() == ["dot", "named", "newer", "theirs", "unnamed"]
-
-
 # ---------------------------------------------------------------------------------------------- embedded
-
-
-def test_embedded_collections_survive_a_reopening(tmp_path: Path) -> None:
-    ids, vectors, payloads = make_points(20)
-    with closing(open_store(QdrantSettings(), str(tmp_path), environment={})) as store:
-        physical = prepare(store)
-        store.upsert(physical, ids, vectors, payloads)
-    with closing(open_store(QdrantSettings(), str(tmp_path), environment={})) as store:
-        assert prepare(store) == physical
-        assert store.collection_model("docs")["fingerprint"] == PRINT_A
-        assert store.count("docs") == 20
-        with pytest.raises(StoreMismatch):
-            prepare(store, fingerprint=PRINT_B)
-
-
-def test_a_creation_cut_short_is_completed(tmp_path: Path) -> None:
-    with closing(open_store(QdrantSettings(), str(tmp_path), environment={})) as store:
-        physical = prepare(store)
-    client = QdrantClient(path=str(tmp_path / "qdrant"))
-    client.update_collection_aliases([models.DeleteAliasOperation(delete_alias=models.DeleteAlias(alias_name="docs"))])
-    client.close()
-    with closing(open_store(QdrantSettings(), str(tmp_path), environment={})) as store:
-        assert store.list_collections() == [physical]
-        assert prepare(store) == physical
-        assert store.list_collections() == ["docs"]
 
 
 def test_points_survive_a_kill(tmp_path: Path) -> None:
@@ -364,16 +224,6 @@ def test_embedded_limits(caplog: pytest.LogCaptureFixture) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- a server
-
-
-def test_a_server_gets_payload_indexes_before_points(server: LoopbackQdrant) -> None:
-    with closing(open_server(server)) as store:
-        physical = prepare(store)
-        prepare(store)
-    assert server.indexes[physical].keys() == {"doc_id", "generation"}
-    assert server.count_requests("PUT /collections/[^/]+/index") == 2
-    order = [request.split("/")[-1] for request, _, _ in server.requests if not request.startswith("GET")]
-    assert order == [physical, "index", "index", "aliases"]
 
 
 def test_batches_are_capped_by_points_and_bytes(server: LoopbackQdrant) -> None:
@@ -482,14 +332,6 @@ def test_a_refused_request_is_sent_once(server: LoopbackQdrant) -> None:
             store.upsert(physical, *make_points(2))
     assert server.count_requests(UPSERT) == 2
     assert sleeps == []
-
-
-def test_creating_twice_at_once_is_no_error(server: LoopbackQdrant) -> None:
-    with closing(open_server(server)) as store:
-        # The answer to the creation is lost after its effect: the second attempt finds it there.
-        server.faults = [Fault(on="PUT /collections/[^/]+", status=503, after_effect=True)]
-        assert prepare(store) == f"docs--{PRINT_A[:12]}"
-        assert store.list_collections() == ["docs"]
 
 
 def test_a_write_that_was_only_acknowledged_is_sent_again(caplog: pytest.LogCaptureFixture) -> None:
@@ -608,65 +450,3 @@ def test_loopback_hosts() -> None:
 def test_versions() -> None:
     assert read_version("1.19.0") == read_version("v1.19.0-rc1") == (1, 19)
     assert read_version("dev") == (1, 16)
-
-
-# ---------------------------------------------------------------------------------------------- what the client raises
-
-
-class Rpc(grpc.RpcError):
-    """What a gRPC call raises: the error is the call itself."""
-
-    def __init__(self, code: grpc.StatusCode, details: str = "") -> None:
-        super().__init__()
-        self._code, self._details = code, details
-
-    def code(self) -> grpc.StatusCode:
-        return self._code
-
-    def details(self) -> str:
-        return self._details
-
-
-def unexpected(status: int, content: bytes = b"") -> UnexpectedResponse:
-    return UnexpectedResponse(status, "Reason", content, httpx.Headers())
-
-
-@pytest.mark.parametrize(
-    ("error", "whole", "split"),
-    [
-        (ResourceExhaustedResponse("slow down", 4), StoreUnavailable, StoreUnavailable),
-        (QdrantException("Retry-After header value is not a valid integer: soon"), StoreUnavailable, StoreUnavailable),
-        (ResponseHandlingException(httpx.ReadTimeout("timed out")), StoreUnavailable, StoreUnavailable),
-        (ResponseHandlingException(httpx.ConnectError("refused")), StoreUnavailable, StoreUnavailable),
-        *((unexpected(status), StoreUnavailable, StoreUnavailable) for status in (408, 500, 502, 503, 504, 507)),
-        *((unexpected(status), StoreRejected, StoreRejected) for status in (400, 401, 403, 404, 409, 422)),
-        (unexpected(429), StoreUnavailable, BatchTooLarge),
-        (unexpected(413), StoreRejected, BatchTooLarge),
-        (unexpected(400, b"JSON payload (9 bytes) is larger than allowed (limit: 3)"), StoreRejected, BatchTooLarge),
-        (Rpc(grpc.StatusCode.UNAVAILABLE, "gone"), StoreUnavailable, StoreUnavailable),
-        (Rpc(grpc.StatusCode.DEADLINE_EXCEEDED), StoreUnavailable, StoreUnavailable),
-        (Rpc(grpc.StatusCode.RESOURCE_EXHAUSTED, "rate limit"), StoreUnavailable, BatchTooLarge),
-        (Rpc(grpc.StatusCode.RESOURCE_EXHAUSTED, "Sent message larger than max"), StoreRejected, BatchTooLarge),
-        (Rpc(grpc.StatusCode.OUT_OF_RANGE, "decoded message length too large"), StoreRejected, BatchTooLarge),
-        (Rpc(grpc.StatusCode.INVALID_ARGUMENT, "wrong"), StoreRejected, StoreRejected),
-        (Rpc(grpc.StatusCode.NOT_FOUND, "gone"), StoreRejected, StoreRejected),
-        (Rpc(grpc.StatusCode.UNAUTHENTICATED), StoreRejected, StoreRejected),
-        (ValueError("Collection x not found"), StoreRejected, StoreRejected),
-        (KeyError("id"), StoreRejected, StoreRejected),
-    ],
-    ids=lambda value: value.__name__ if isinstance(value, type) else repr(value)[:40],
-)
-def test_what_the_client_raises(error: Exception, whole: type[StoreError], split: type[StoreError]) -> None:
-    assert type(to_store_error(error, action="upsert", place="at x")) is whole
-    assert type(to_store_error(error, action="upsert", place="at x", can_split=True)) is split
-
-
-def test_waits_that_are_told() -> None:
-    def told(error: Exception) -> float | None:
-        mapped = to_store_error(error, action="upsert", place="at x")
-        assert isinstance(mapped, StoreUnavailable)
-        return mapped.retry_after_s
-
-    assert told(ResourceExhaustedResponse("slow down", 4)) == 4.0
-    assert told(unexpected(507)) == 15.0
-    assert told(unexpected(503)) is None
