@@ -291,7 +291,7 @@ def _parse_pdf(data: bytes, settings: SourceSettings) -> Parsed:
     without_text = sum(is_blank(page) for page in pages)
     if without_text == len(pages):
         raise Unusable(
-            f"no text layer on any of its {len(pages)} pages: a scan, or drawings. Run OCR on it first (ocrmypdf)"
+            f"no text layer on any of its pages ({len(pages)}): a scan, or drawings. Run OCR on it first (ocrmypdf)"
         )
     metadata: dict[str, Any] = {"pages": len(pages)}
     if without_text:

@@ -222,14 +222,16 @@ def _jsonl_rows(stream: IO[bytes], settings: SourceSettings, _ref: FileRef) -> G
             text = line if isinstance(line, str) else line.decode(encoding)
             if is_blank(text):
                 continue
-            values = json.loads(text)
+            values = json.loads(text.rstrip("\r\n"))
             if not isinstance(values, dict):
                 values, problem = None, f"line {number} is a {type(values).__name__}; an object a line is expected"
         except UnicodeDecodeError as error:
             problem = f"line {number} is {describe_misencoded(error)}"
         except RecursionError:
             problem = f"line {number} is nested too deep"
-        except ValueError as error:  # JSONDecodeError, and a number of more than 4,300 digits
+        except json.JSONDecodeError as error:
+            problem = f"line {number} is not JSON: {error.msg}, column {error.colno}"
+        except ValueError as error:  # a number of more than 4,300 digits
             problem = f"line {number} is not JSON: {error}"
         yield _Row(number, values, problem, _count_bytes(line, encoding))
 
