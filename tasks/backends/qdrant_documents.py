@@ -169,7 +169,9 @@ def delete_ids(client: QdrantClient, calls: CheckedCalls, physical: str, ids: Se
     from qdrant_client import models
 
     def send(part: list[str]) -> None:
-        selector = models.PointIdsList(points=list(part))
+        # Ours are UUIDs; a point of somebody else's may have a number, which is another id than its digits.
+        points: list[models.ExtendedPointId] = [int(each) if each.isdecimal() else each for each in part]
+        selector = models.PointIdsList(points=points)
         calls.check_completed(client.delete(physical, points_selector=selector, wait=True))
 
     for start in range(0, len(ids), _IDS_PER_DELETE):
