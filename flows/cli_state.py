@@ -83,7 +83,8 @@ def verify(
             },
             needs_source=False,
         )
-        has_source = "uri" in settings.source.model_fields_set and settings.source.uri != ""
+        # Without any, build_settings has put the working folder there.
+        has_source = source is not None or settings.source.uri != "."
         with stop_on_ctrl_c(terminal), terminal.watch() as observer, observing(observer):
             context.ensure_object(Operations).verify(settings, observer, with_source=has_source, repair=repair)
         report = observer.verified

@@ -137,7 +137,7 @@ def allowed_for(path: Path) -> set[str]:
             )
         case ("tasks", _):
             return STDLIB | {"numpy", "prefect", "pydantic", "tasks"}
-        case ("flows", "cli" | "progress" | "terminal"):
+        case ("flows", "cli" | "cli_exit" | "cli_options" | "cli_state" | "progress" | "terminal"):
             return STDLIB | {"typer", "rich", "click", "pydantic", "prefect", "flows", "tasks"}
         case ("flows", _):
             return STDLIB | {"prefect", "flows", "tasks", "uvicorn", "httpx"}

@@ -7,7 +7,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,9 @@ from tasks.errors import (
 from tasks.records import (
     Books,
     CalibrationReport,
+    CollectionState,
+    Finding,
+    LedgerRecord,
     MemoryKey,
     MemorySample,
     ModelFit,
@@ -41,6 +44,7 @@ from tasks.records import (
     Rejection,
     RunSummary,
     SearchHit,
+    VerifyReport,
 )
 
 GIB = 1024**3
@@ -61,6 +65,13 @@ CALIBRATION = CalibrationReport(
     held_back=[MemorySample(4, 512, True, 2 * GIB)], held_back_predictions=[2 * GIB], median_error=0.0,
     worst_under=0.0, tokens_per_s=16_800.0, seconds=4.0,
 )  # fmt: skip
+FINDING = Finding("missing_points", "docs", "guide.md", "3 points", "1", "write_ledger")
+CLEAN = VerifyReport("docs", "docs--1a", "docs", documents=2, points=6, parked=0, found=[], repaired=[], left=[])
+FAILURE = LedgerRecord(
+    "docs", "bad.pdf", "parked", "h", attempts=3, stage="read", reason="encrypted: it needs a password",
+    updated_at="2026-11-22T12:00:00+00:00",
+)  # fmt: skip
+STATE = CollectionState("docs--1a2b", True, "1a2b", "m", "rev", 384, 6, 2)
 HIT = SearchHit(0.73, "guide.md", "id", "Install it first.", 120, 140, {})
 
 
@@ -85,6 +96,25 @@ class Recorded(Operations):
         if summary is not None:
             observer.run_finished(summary, ())
         return self.is_green
+
+    def verify(self, settings: IngestSettings, observer: RunObserver, *, with_source: bool, repair: bool) -> bool:
+        self.settings = settings
+        report = self._answer(with_source=with_source, repair=repair)
+        if report is not None:
+            observer.verify_finished(report)
+        return self.is_green
+
+    def list_failures(
+        self, qdrant: QdrantSettings, data_folder: str, *, retry: bool
+    ) -> Mapping[str, Sequence[LedgerRecord]]:
+        failures: Mapping[str, Sequence[LedgerRecord]] = self._answer(collection=qdrant.collection, retry=retry)
+        return failures
+
+    def list_collections(
+        self, qdrant: QdrantSettings, data_folder: str, *, name: str | None, drop_old: bool
+    ) -> Sequence[CollectionState]:
+        states: Sequence[CollectionState] = self._answer(name=name, drop_old=drop_old)
+        return states
 
     def plan(self, settings: IngestSettings, gpu_memory_bytes: int | None) -> PlanReport:
         self.settings = settings
@@ -114,12 +144,14 @@ def test_ingest_flags_reach_their_knobs() -> None:
         "ingest", "docs", "--collection", "c", "--model", "m", "--revision", "r", "--device", "cuda:1",
         "--precision", "fp32", "--qdrant", "http://q:6333", "--data-folder", "d", "--chunk-tokens", "200",
         "--chunk-overlap", "20", "--memory-fraction", "0.5", "--set", "partition.max_nodes=7",
+        "--source-name", "handbook", "--confirm-deletes",
         operations=operations,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert operations.settings == IngestSettings.model_validate(
         {
-            "source": {"uri": "docs"},
+            "source": {"uri": "docs", "name": "handbook"},
+            "deletes": {"confirmed": True},
             "qdrant": {"collection": "c", "url": "http://q:6333"},
             "embedding": {"model": "m", "revision": "r", "device": "cuda:1", "precision": "fp32"},
             "chunking": {"max_tokens": 200, "overlap_tokens": 20},
@@ -303,6 +335,70 @@ def test_search_prints_hits_and_says_by_its_code_if_there_is_none() -> None:
     nothing = ballast("search", "how to install", "--json", operations=Recorded([]))
     assert (nothing.exit_code, json.loads(nothing.stdout)) == (1, [])
     assert "Nothing found" in ballast("search", "how to install", operations=Recorded([])).stderr
+
+
+def test_verify_says_what_is_off_and_by_its_code_whether_anything_is() -> None:
+    clean = Recorded(CLEAN)
+    result = ballast("verify", "docs", "--source-name", "handbook", operations=clean)
+    assert result.exit_code == 0
+    assert clean.calls == [{"with_source": True, "repair": False}]
+    assert clean.settings is not None
+    assert (clean.settings.source.uri, clean.settings.source.name) == ("docs", "handbook")
+    assert "verify collection=docs documents=2 points=6 parked=0 found=0 repaired=0 left=0" in result.stdout
+
+    report = replace(CLEAN, found=[FINDING, FINDING], repaired=[FINDING], left=[FINDING], notes=["deletes withheld"])
+    operations = Recorded(report, is_green=False)
+    result = ballast("verify", "--repair", "--confirm-deletes", operations=operations)
+    assert result.exit_code == 1
+    assert operations.calls == [{"with_source": False, "repair": True}]
+    assert operations.settings is not None
+    assert operations.settings.deletes.confirmed
+    said = 'finding kind=missing_points document=guide.md source=docs expected="3 points" found=1 repair=write_ledger'
+    assert [line for line in result.stdout.splitlines() if line.startswith("finding")] == [
+        f"{said} repaired=no",
+        f"{said} repaired=yes",
+    ]
+    assert "deletes withheld" in result.stderr
+    document = json.loads(ballast("verify", "docs", "--json", operations=Recorded(report)).stdout)
+    assert (document["is_clean"], document["left"][0]["kind"]) == (False, "missing_points")
+
+
+def test_a_verify_that_ends_without_its_report_is_a_failure() -> None:
+    result = ballast("verify", "docs", operations=Recorded(None))
+    assert result.exit_code == 1
+    assert "ended without its report" in result.stderr
+
+
+def test_failures_are_listed_with_their_reason_and_can_be_tried_again() -> None:
+    operations = Recorded({"docs--1a": [FAILURE]})
+    result = ballast("failures", "--collection", "docs", "--retry", operations=operations)
+    assert result.exit_code == 0
+    assert operations.calls == [{"collection": "docs", "retry": True}]
+    assert result.stdout == (
+        "failure document=bad.pdf status=parked stage=read attempts=3 at=2026-11-22T12:00:00+00:00 source=docs "
+        'collection=docs--1a reason="encrypted: it needs a password"\n'
+    )
+    as_json = ballast("failures", "--json", operations=Recorded({"docs--1a": [FAILURE]}))
+    assert json.loads(as_json.stdout)["docs--1a"][0]["attempts"] == 3
+    nothing = ballast("failures", operations=Recorded({}))
+    assert (nothing.exit_code, nothing.stdout) == (0, "")
+    assert "No failed documents." in nothing.stderr
+
+
+def test_collections_are_listed_and_old_ones_dropped_of_one_name_only() -> None:
+    operations = Recorded([STATE])
+    result = ballast("collections", operations=operations)
+    assert result.exit_code == 0
+    assert result.stdout == (
+        "collection collection=docs--1a2b live=yes model=m revision=rev dimension=384 points=6 documents=2\n"
+    )
+    ballast("collections", "--drop-old", operations=operations)
+    ballast("collections", "--drop-old", "--collection", "docs", operations=operations)
+    assert operations.calls == [
+        {"name": None, "drop_old": False},
+        {"name": "documents", "drop_old": True},
+        {"name": "docs", "drop_old": True},
+    ]
 
 
 def test_calibrate_prints_the_fit_and_its_error() -> None:
