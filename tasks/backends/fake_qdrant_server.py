@@ -34,7 +34,10 @@ class Fault:
 
 
 class LoopbackQdrant:
-    """`faults` are met in order, each once; `requests` keeps what was asked as "METHOD /path" with headers and body."""
+    """`faults` are met in order, each once; `requests` keeps what was asked as "METHOD /path" with headers and body.
+
+    While `is_down` every request gets a 503.
+    """
 
     def __init__(self, *, version: str = "1.19.0", largest_body: int = 32 * 1024**2) -> None:
         from qdrant_client import QdrantClient
@@ -44,6 +47,7 @@ class LoopbackQdrant:
         self.largest_body = largest_body
         self.indexes: dict[str, dict[str, Any]] = {}
         self.faults: list[Fault] = []
+        self.is_down = False
         self.requests: list[tuple[str, dict[str, str], dict[str, Any]]] = []
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._make_handler())
@@ -70,6 +74,8 @@ class LoopbackQdrant:
         """What one request gets: status (0: a reset, after headers' "hang" seconds at most), headers and body."""
         with self._lock:
             self.requests.append((request, headers, body))
+            if self.is_down:
+                return 503, {}, {"status": {"error": "Service unavailable"}, "time": 0}
             fault = next((each for each in self.faults if re.fullmatch(each.on, request)), None)
             if fault is not None and fault.skip > 0:
                 fault.skip -= 1

@@ -2,18 +2,22 @@
 
 import json
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from flows.progress import RunObserver
 from tasks.backends.fake_encoder import GIB, FakeEncoder
+from tasks.backends.fake_qdrant_server import LoopbackQdrant
 from tasks.config import IngestSettings, QdrantSettings
 from tasks.errors import SourceError, StoreMismatch
-from tasks.records import RunSummary
+from tasks.records import PartitionReport, RunSummary
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
 
@@ -106,6 +110,7 @@ def test_documents_end_up_in_qdrant_and_the_run_shows_how(first_run: tuple[Inges
         "chunk partition": 2,
         "embed partition": 1,
         "upsert partition": 1,
+        "settle": 1,
     }
     artifacts = read_artifacts(state)
     assert set(artifacts) == {"progress-port", "partitions-port", "books-port", "report-port"}
@@ -187,10 +192,12 @@ def test_another_chunking_is_refused_before_a_model_is_loaded(
     data = Path(settings.data_folder)
     fits = shutil.move(data / "memory-models", tmp_path / "fits")
     try:
-        state, summary = run_flow(make_settings(settings.source.uri, data, minilm, chunking={"max_tokens": 64}))
+        refusing = {"collection": "port", "on_change": "refuse"}
+        changed = make_settings(settings.source.uri, data, minilm, chunking={"max_tokens": 64}, qdrant=refusing)
+        state, summary = run_flow(changed)
         assert state.is_failed()
         assert summary is None
-        with pytest.raises(StoreMismatch, match="another chunking"):
+        with pytest.raises(StoreMismatch, match=r"chunking\.max_tokens"):
             state.result()
         assert not (data / "memory-models").exists()  # a device that starts measures itself
     finally:
@@ -210,10 +217,10 @@ def test_the_settings_hold_no_secret(tmp_path: Path, minilm: str) -> None:
 
 def test_a_step_down_shows_on_the_runs_page(tmp_path: Path, minilm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One GPU double for the faults; the pool that takes what it spills is the real one."""
-    from tasks.engine import ingest_run
     from tasks.engine.devices import Devices, make_pool
     from tasks.engine.embed_nodes import NodeEmbedder
     from tasks.engine.embedded import EmbedSettings
+    from tasks.engine.ingest_run import open_run
     from tasks.policy.memory import MemoryModel
     from tasks.policy.memory_fit import start_fit
 
@@ -226,7 +233,7 @@ def test_a_step_down_shows_on_the_runs_page(tmp_path: Path, minilm: str, monkeyp
         embedder = NodeEmbedder(gpu, start_fit(law), options, spill=pool)
         return Devices(embedder, pool, device="cuda:0", note="a double", tokens_per_s=1e6, observer=observer)
 
-    monkeypatch.setattr(ingest_run, "start_devices", start)
+    monkeypatch.setattr("tasks.prepare.open_run", partial(open_run, start=start))
     state, summary = run_flow(make_settings(write_texts(tmp_path / "docs"), tmp_path / "data", minilm))
     assert state.is_completed(), state.message
     assert summary is not None
@@ -254,3 +261,60 @@ def assert_vectors_are_whole(data: Path, summary: RunSummary) -> None:
     vectors: Sequence[Any] = [point.vector["text-dense"] for point in points]  # type: ignore[index, call-overload]
     assert len(vectors) == summary.books.points_counted
     np.testing.assert_allclose(np.linalg.norm(np.asarray(vectors), axis=1), 1.0, atol=1e-3)
+
+
+class Outage(RunObserver):
+    """Takes Qdrant away once the first partition is embedded, and brings it back when `is_over` says so."""
+
+    def __init__(self, double: LoopbackQdrant, ends_after_partitions: int | None, ends_after_s: float) -> None:
+        super().__init__()
+        self.embedded_meanwhile: list[int] = []
+        self._double = double
+        self._ends_after_partitions = ends_after_partitions
+        self._timer = threading.Timer(ends_after_s, self._end)
+        self._began = False
+
+    def _end(self) -> None:
+        self._double.is_down = False
+
+    def partition_done(self, report: PartitionReport) -> None:
+        if not self._began:
+            self._began = self._double.is_down = True
+            self._timer.start()
+        elif self._double.is_down:
+            self.embedded_meanwhile.append(report.index)
+            if len(self.embedded_meanwhile) == self._ends_after_partitions:
+                self._timer.cancel()
+                self._end()
+
+
+@pytest.mark.parametrize(("room", "most"), [(4 * 1024**3, 5), (1, 3)])
+def test_with_qdrant_away_embedding_goes_on_into_the_spool_up_to_its_bound_and_nothing_is_embedded_twice(
+    tmp_path: Path, minilm: str, room: int, most: int
+) -> None:
+    """Room for all: five partitions more are embedded before Qdrant comes back. Room for none: the device waits."""
+    from flows.ingest import ingest
+    from tasks.observe import observing
+
+    texts = {f"{number:02}.txt": f"Ship {number} waits for the tide. " * 150 for number in range(12)}
+    with LoopbackQdrant() as double:
+        settings = make_settings(
+            write_texts(tmp_path / "docs", texts),
+            tmp_path / "data",
+            minilm,
+            qdrant={"url": double.url, "collection": "port", "transport": "rest"},
+            partition={"max_tokens": 1000},
+        ).model_copy(update={"spool_max_bytes": room})
+        outage = Outage(double, most if room > 1 else None, ends_after_s=60 if room > 1 else 8)
+        with observing(outage):
+            state = ingest(settings, return_state=True)
+        assert state.is_completed(), state.message
+        assert outage.finished is not None
+        summary, off = outage.finished
+        assert off == ()
+        if room > 1:
+            assert len(outage.embedded_meanwhile) == most
+        else:
+            assert len(outage.embedded_meanwhile) <= most < len(summary.partitions)
+        books = summary.books
+        assert books.nodes_cpu == books.nodes_planned == books.points_counted == double.memory.count("port").count
