@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # Never change it: a record is found by its id, so a new value would lose every ledger.
 _NAMESPACE = uuid.UUID("0b7c9a3e-4f4e-5c0b-9d5c-6a1f0e7d2b58")
 _RECORDS_PER_REQUEST = 512
+_RECORDS_PER_PAGE = 4_096  # some 600 bytes each
 _BYTES_PER_REQUEST = 8 * 1024**2
 _FIELDS = [field.name for field in fields(LedgerRecord)]
 
@@ -71,11 +72,11 @@ class Ledger:
         return {record.doc_id: record for record in found}
 
     def scroll(self, source: str | None = None) -> Iterator[list[LedgerRecord]]:
-        """All records, or those of one source, some hundred at a time, in no order; each once, if nothing writes."""
+        """All records, or those of one source, some thousand at a time, in no order; each once, if nothing writes."""
         if not self._is_made():
             return
         equal = {} if source is None else {"source": source}
-        for page in self._pages.iterate(self.name, fields=_FIELDS, page_points=_RECORDS_PER_REQUEST, equal=equal):
+        for page in self._pages.iterate(self.name, fields=_FIELDS, page_points=_RECORDS_PER_PAGE, equal=equal):
             yield [to_record(point) for point in page]
 
     def count(self, source: str | None = None) -> int:
@@ -93,7 +94,7 @@ class Ledger:
         if not self._is_made():
             return set()
         if self._is_embedded:  # its facet respells what looks like a UUID
-            pages = self._pages.iterate(self.name, fields=["source"], page_points=8 * _RECORDS_PER_REQUEST)
+            pages = self._pages.iterate(self.name, fields=["source"], page_points=_RECORDS_PER_PAGE)
             return {str((point.payload or {}).get("source")) for page in pages for point in page}
         return self._facet_sources(limit=256)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -313,6 +314,20 @@ def test_an_embedded_creation_cut_short_is_completed(tmp_path: Path) -> None:
         assert store.list_collections() == ["docs"]
         fill(store, physical)
         assert store.ledger(physical).count() == 1
+
+
+def test_an_embedded_drop_cut_short_is_completed(tmp_path: Path) -> None:
+    with closing(open_folder(tmp_path)) as store:
+        fill(store, prepare(store))
+        store.switch_alias("docs", prepare(store, fingerprint=PRINT_B))
+    # Embedded Qdrant removes the files first and forgets the collection after: killed in between.
+    shutil.rmtree(tmp_path / "qdrant" / "collection" / f"{OLD}--ledger")
+    shutil.rmtree(tmp_path / "qdrant" / "collection" / OLD)
+    with closing(open_folder(tmp_path)) as store:
+        old = store.list_physical("docs")[1]
+        assert (old.physical, old.points, old.documents) == (OLD, 0, 0)
+        store.drop_physical("docs", OLD)
+        assert [state.physical for state in store.list_physical("docs")] == [NEW]
 
 
 def test_a_server_gets_payload_indexes_before_points(server: LoopbackQdrant) -> None:
