@@ -5,19 +5,17 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 
 from tasks.backends.model_files import resolve_model
 from tasks.backends.process_encoder import ProcessEncoder
-from tasks.backends.qdrant import open_store
-from tasks.backends.qdrant_connection import choose_url
 from tasks.backends.tokenizer import NodeTokenizer
 from tasks.config import BudgetSettings, EmbeddingSettings, QdrantSettings
 from tasks.engine.devices import choose_device, make_spec
+from tasks.engine.existing_store import open_existing_store
 from tasks.engine.fingerprint import find_tokenizer
-from tasks.errors import ConfigError, DeviceError, ModelError, StoreMismatch, StoreMissing
+from tasks.errors import ConfigError, DeviceError, ModelError, StoreMismatch
 from tasks.records import SearchHit
 
 logger = logging.getLogger(__name__)
@@ -40,13 +38,7 @@ def search_collection(
     if not question.strip():
         raise ConfigError("The question is empty. Give some words to search for.")
     environment = os.environ if environment is None else environment
-    if choose_url(qdrant, environment) is None and not (Path(data_folder) / "qdrant").is_dir():
-        # Opening it would make it.
-        raise StoreMissing(
-            f"There is no embedded Qdrant in {Path(data_folder).absolute()}. Run `ballast ingest` first, name its folder "
-            "with --data-folder, or a server with --qdrant."
-        )
-    store = open_store(qdrant, data_folder, environment=environment)
+    store = open_existing_store(qdrant, data_folder, environment)
     try:
         made_with = store.collection_model(qdrant.collection)
         named = "model" in embedding.model_fields_set
