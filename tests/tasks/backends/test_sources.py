@@ -7,15 +7,19 @@ import os
 import socket
 import tempfile
 import threading
+import tracemalloc
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import fsspec
 import pytest
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
 
 from tasks.backends.readers import read_file
-from tasks.backends.sources import FORMATS, TABLES, open_source
+from tasks.backends.sources import FORMATS, TABLES, Listed, open_source
 from tasks.config import SourceSettings
 from tasks.errors import ConfigError, SourceError
 from tasks.records import Document, FileRef, Rejection
@@ -164,6 +168,40 @@ def test_formats_and_encodings_that_nobody_knows_are_refused(tmp_path: Path) -> 
 def test_the_formats_of_the_settings_are_those_that_can_be_read() -> None:
     assert SourceSettings(uri="x").formats == FORMATS
     assert set(TABLES) < set(FORMATS)
+
+
+def _to_listed(names: Sequence[str]) -> list[FileRef | Rejection]:
+    """Some of another prefix, as behind links and in archives, some that are not read."""
+    entries: list[FileRef | Rejection] = []
+    for number, name in enumerate(names):
+        if name.startswith("r"):
+            entries.append(Rejection(name, "failed", "read", f"reason {number}", number, covers=f"{name}/"))
+        else:
+            uri = f"/elsewhere/{number}" if name.startswith("e") else f"/root/{name}"
+            entries.append(FileRef(name, uri, FORMATS[number % len(FORMATS)], number))
+    return entries
+
+
+@examples(deadline=None)
+@given(st.lists(st.text("rea/.ü", min_size=1, max_size=8), unique=True))
+def test_what_was_listed_comes_out_as_it_went_in_by_code_points(names: list[str]) -> None:
+    entries = _to_listed(names)
+    listed = Listed(iter(entries))
+    assert list(listed) == entries
+    listed.sort()
+    assert list(listed) == sorted(entries, key=lambda entry: entry.doc_id)
+    assert listed.total_bytes() == sum(entry.source_bytes for entry in entries)
+
+
+def test_a_large_listing_takes_little_more_than_its_names() -> None:
+    names = [f"section/document-{number:06}.md" for number in range(20_000)]
+    tracemalloc.start()
+    try:
+        listed = Listed(FileRef(name, f"/a/long/way/to/the/root/{name}", "md", 10_000) for name in names)
+        listed.sort()
+        assert tracemalloc.get_traced_memory()[0] < 40 * len(names)  # without the names, which were there before
+    finally:
+        tracemalloc.stop()
 
 
 # ---------------------------------------------------------------------------------------------- what is in the way
