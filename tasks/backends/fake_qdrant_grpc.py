@@ -157,17 +157,15 @@ class LoopbackQdrantGrpc:
         from qdrant_client import grpc
         from qdrant_client.conversions.conversion import GrpcToRest, RestToGrpc
 
-        memory = self.memory
-
         def done(result: bool | None) -> Any:
             return grpc.CollectionOperationResponse(result=bool(result))
 
         def list_all(_: Any) -> Any:
-            names = [each.name for each in memory.get_collections().collections]
+            names = [each.name for each in self.memory.get_collections().collections]
             return grpc.ListCollectionsResponse(collections=[grpc.CollectionDescription(name=name) for name in names])
 
         def describe(request: Any) -> Any:
-            info = RestToGrpc.convert_collection_info(memory.get_collection(request.collection_name))
+            info = RestToGrpc.convert_collection_info(self.memory.get_collection(request.collection_name))
             for field in self.indexes.get(self._resolve(request.collection_name), {}):
                 info.payload_schema[field].data_type = grpc.PayloadSchemaType.Keyword
             return grpc.GetCollectionInfoResponse(result=info)
@@ -175,22 +173,24 @@ class LoopbackQdrantGrpc:
         def create(request: Any) -> Any:
             vectors = GrpcToRest.convert_vectors_config(request.vectors_config)
             metadata = GrpcToRest.convert_payload(request.metadata) or None
-            return done(memory.create_collection(request.collection_name, vectors_config=vectors, metadata=metadata))
+            return done(
+                self.memory.create_collection(request.collection_name, vectors_config=vectors, metadata=metadata)
+            )
 
         def delete(request: Any) -> Any:
             self.indexes.pop(request.collection_name, None)
-            return done(memory.delete_collection(request.collection_name))
+            return done(self.memory.delete_collection(request.collection_name))
 
         def alias(request: Any) -> Any:
             actions = [GrpcToRest.convert_alias_operations(action) for action in request.actions]
-            return done(memory.update_collection_aliases(actions))
+            return done(self.memory.update_collection_aliases(actions))
 
         def list_aliases(_: Any) -> Any:
-            there = memory.get_aliases().aliases
+            there = self.memory.get_aliases().aliases
             return grpc.ListAliasesResponse(aliases=[RestToGrpc.convert_alias_description(each) for each in there])
 
         def exists(request: Any) -> Any:
-            is_there = memory.collection_exists(request.collection_name)
+            is_there = self.memory.collection_exists(request.collection_name)
             return grpc.CollectionExistsResponse(result=grpc.CollectionExists(exists=is_there))
 
         return {
@@ -207,7 +207,6 @@ class LoopbackQdrantGrpc:
         from qdrant_client import grpc
         from qdrant_client.conversions.conversion import GrpcToRest, RestToGrpc
 
-        memory = self.memory
         completed = grpc.UpdateResult(operation_id=1, status=grpc.UpdateStatus.Completed)
 
         def done(_: Any) -> Any:
@@ -232,35 +231,35 @@ class LoopbackQdrantGrpc:
 
         def upsert(request: Any) -> Any:
             points = [GrpcToRest.convert_point_struct(point) for point in request.points]
-            return done(memory.upsert(request.collection_name, points))
+            return done(self.memory.upsert(request.collection_name, points))
 
         def delete(request: Any) -> Any:
-            return done(memory.delete(request.collection_name, GrpcToRest.convert_points_selector(request.points)))
+            return done(self.memory.delete(request.collection_name, GrpcToRest.convert_points_selector(request.points)))
 
         def overwrite(request: Any) -> Any:
             payload = GrpcToRest.convert_payload(request.payload)
             points = GrpcToRest.convert_points_selector(request.points_selector)
-            return done(memory.overwrite_payload(request.collection_name, payload, points))
+            return done(self.memory.overwrite_payload(request.collection_name, payload, points))
 
         def update_batch(request: Any) -> Any:
             operations = [GrpcToRest.convert_points_update_operation(each) for each in request.operations]
-            memory.batch_update_points(request.collection_name, operations)
+            self.memory.batch_update_points(request.collection_name, operations)
             return grpc.UpdateBatchResponse(result=[completed] * len(operations))
 
         def index(request: Any) -> Any:
-            memory.get_collection(request.collection_name)
+            self.memory.get_collection(request.collection_name)
             fields = self.indexes.setdefault(self._resolve(request.collection_name), {})
             fields[request.field_name] = {"data_type": "keyword", "points": 0}
             return done(None)
 
         def get(request: Any) -> Any:
             ids = [GrpcToRest.convert_point_id(point_id) for point_id in request.ids]
-            found = memory.retrieve(request.collection_name, ids, **selectors(request))
+            found = self.memory.retrieve(request.collection_name, ids, **selectors(request))
             return grpc.GetResponse(result=to_records(found))
 
         def scroll(request: Any) -> Any:
             offset = GrpcToRest.convert_point_id(request.offset) if request.HasField("offset") else None
-            found, following = memory.scroll(
+            found, following = self.memory.scroll(
                 request.collection_name,
                 filter_of(request),
                 limit=request.limit or 10,
@@ -273,20 +272,20 @@ class LoopbackQdrantGrpc:
             return page
 
         def count(request: Any) -> Any:
-            answer = memory.count(request.collection_name, filter_of(request), exact=True)
+            answer = self.memory.count(request.collection_name, filter_of(request), exact=True)
             return grpc.CountResponse(result=grpc.CountResult(count=answer.count))
 
         def facet(request: Any) -> Any:
             if request.key not in self.indexes.get(self._resolve(request.collection_name), {}):
                 raise ValueError(f"No appropriate index for faceting: `{request.key}`")
-            found = memory.facet(
+            found = self.memory.facet(
                 request.collection_name, request.key, filter_of(request), limit=request.limit or 10, exact=request.exact
             )
             return grpc.FacetResponse(hits=[RestToGrpc.convert_facet_value_hit(hit) for hit in found.hits])
 
         def query(request: Any) -> Any:
             wanted = GrpcToRest.convert_query_points(request)
-            found = memory.query_points(
+            found = self.memory.query_points(
                 request.collection_name,
                 query=wanted.query,
                 using=wanted.using,
