@@ -65,7 +65,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.timeout(900)
 def test_every_command_of_the_readme_runs(checkout: Path, minilm: str) -> None:
     commands = list_commands()
-    assert {shlex.split(command)[1] for command in commands} == {"ingest", "plan", "search", "calibrate"}
+    names = {"ingest", "plan", "search", "verify", "failures", "collections", "calibrate"}
+    assert {shlex.split(command)[1] for command in commands} == names
     environment = {**os.environ, "MINILM": minilm, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     for command in commands:
         result = subprocess.run(
