@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 from tasks.backends.model_files import resolve_model
 from tasks.backends.qdrant import QdrantStore
+from tasks.backends.qdrant_ledger import Ledger
 from tasks.config import ChunkingSettings, DeleteSettings, IngestSettings
 from tasks.engine.existing_store import open_existing_store
 from tasks.engine.fingerprint import describe_recipe, find_tokenizer
@@ -76,9 +77,12 @@ def repair_collection(
             revision=str(metadata.get("revision", "")),
             recipe=metadata.get("recipe"),
         )
-        work = _sort_work(inspection, datetime.now(UTC).isoformat(timespec="seconds"))
-        notes = _withhold(work, inspection, settings.deletes)
         ledger = store.ledger(inspection.physical)
+        changed = _find_changed(ledger, inspection)
+        work = _sort_work(inspection, changed, datetime.now(UTC).isoformat(timespec="seconds"))
+        notes = _withhold(work, inspection, settings.deletes)
+        if changed:
+            notes.append(f"{len(changed)} documents have been written meanwhile, by another run, and were left alone.")
         ledger.write(work.records)
         if work.damaged or work.surplus or work.foreign:
             _delete_points(store, inspection, work)
@@ -133,10 +137,27 @@ def _refuse_other_settings(store: QdrantStore, settings: IngestSettings) -> None
     )
 
 
-def _sort_work(inspection: Inspection, now: str) -> _Work:
+def _find_changed(ledger: Ledger, inspection: Inspection) -> set[Key]:
+    """Documents with findings whose records are not the ones that were seen: somebody is writing them."""
+    doc_ids: defaultdict[str, list[str]] = defaultdict(list)
+    for source, doc_id in dict.fromkeys((finding.source, finding.doc_id) for finding in inspection.findings):
+        if source and doc_id:
+            doc_ids[source].append(doc_id)
+    changed = set()
+    for source, found in doc_ids.items():
+        records = ledger.read(source, found)
+        changed |= {
+            (source, doc_id) for doc_id in found if records.get(doc_id) != inspection.documents[source, doc_id].record
+        }
+    return changed
+
+
+def _sort_work(inspection: Inspection, changed: Collection[Key], now: str) -> _Work:
     work = _Work()
     kinds: defaultdict[Key, set[str]] = defaultdict(set)
     for finding in inspection.findings:
+        if (finding.source, finding.doc_id) in changed:
+            continue
         kinds[finding.source, finding.doc_id].add(finding.kind)
         work.needs_ingest |= finding.repair == "ingest" and finding.source == inspection.source
     for key, found in kinds.items():

@@ -44,7 +44,7 @@ class Inspection:
     collection: str
     physical: str
     dimension: int
-    source: str  # its key; empty where no source was looked at
+    source: str = ""  # its key; empty where no source was looked at
     documents: dict[Key, DocumentFacts] = field(default_factory=dict)
     findings: tuple[Finding, ...] = ()
     points: int = 0
@@ -66,27 +66,24 @@ def inspect_collection(
     """
     started = time.monotonic()
     observer = current_observer.get()
-    source: Source | None = None
-    if with_source:
-        observer.stage("source", settings.source.uri)
-        source = open_source(settings.source, leave_out=settings.own_folders)
     observer.stage("collection", settings.qdrant.collection)
     store = open_existing_store(
         settings.qdrant, settings.data_folder, os.environ if environment is None else environment
     )
     try:
         live = find_live(store, settings.qdrant.collection)
-        inspection = Inspection(
-            settings.qdrant.collection, live.physical, live.dimension, source.key if source is not None else ""
-        )
+        inspection = Inspection(settings.qdrant.collection, live.physical, live.dimension)
         observer.stage("ledger", live.physical)
         _read_ledger(store, inspection)
         observer.stage("points", live.physical)
         _read_points(store, inspection)
     finally:
         store.close()
-    if source is not None:
-        observer.stage("contents", settings.source.uri)
+    if with_source:
+        observer.stage("source", settings.source.uri)
+        # Listed last: a document that the ledger had before and the listing has not has left; never one that just came.
+        source = open_source(settings.source, leave_out=settings.own_folders)
+        inspection.source = source.key
         _note_unknown_source(inspection)
         _read_source(source, settings.source, inspection)
     inspection.findings = tuple(

@@ -340,6 +340,21 @@ def test_a_repair_takes_model_and_chunking_from_the_collection(harbour: Harbour)
     assert harbour.verify(IngestSettings.model_validate(said), repair=True).is_clean
 
 
+def test_a_document_that_another_run_writes_meanwhile_is_left_alone(harbour: Harbour) -> None:
+    """Its points are those of the next version already, and the first look has seen the record of the last one."""
+    with harbour.store() as (store, physical):
+        store.delete_points(physical, ids_of_open(store, physical)[:1])
+    found = inspect_collection(harbour.settings(), with_source=True, environment={})
+    doc_id = found.findings[0].doc_id
+    write_document(harbour.docs, doc_id, first="A new version.")
+    harbour.ingest()
+    before = harbour.read_points(), harbour.read_ledger()
+    mended = repair_collection(harbour.settings(), found, environment={})
+    assert "written meanwhile" in mended.notes[0]
+    assert (harbour.read_points(), harbour.read_ledger()) == before
+    assert harbour.verify().is_clean
+
+
 def test_many_documents_that_left_are_withheld_until_confirmed(harbour: Harbour) -> None:
     for number in range(12):
         (harbour.docs / f"{number:02}.txt").unlink()
