@@ -11,12 +11,12 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
 
 from tasks.backends.model_files import resolve_model
 from tasks.backends.qdrant import QdrantStore
 from tasks.backends.qdrant_ledger import Ledger
-from tasks.config import ChunkingSettings, DeleteSettings, IngestSettings
+from tasks.config import DeleteSettings, IngestSettings
+from tasks.engine.collection_recipe import adopt_recipe
 from tasks.engine.existing_store import open_existing_store
 from tasks.engine.fingerprint import describe_recipe, find_tokenizer
 from tasks.engine.verify_collection import Inspection, Key, find_bad_rows
@@ -92,29 +92,6 @@ def repair_collection(
     finally:
         store.close()
     return Mended(settings, work.needs_ingest, tuple(notes))
-
-
-def adopt_recipe(settings: IngestSettings, metadata: Mapping[str, Any]) -> IngestSettings:
-    """The settings with the collection's own model, precision and chunking wherever they don't say otherwise."""
-    recipe: Mapping[str, Any] = metadata.get("recipe") or {}
-    made_with: dict[str, Any] = {"model": metadata.get("model"), "precision": recipe.get("precision")}
-    said = settings.embedding.model_fields_set
-    embedding = settings.embedding.model_copy(
-        update={knob: value for knob, value in made_with.items() if value and knob not in said}
-    )
-    chunking = ChunkingSettings.model_validate(
-        {
-            **{
-                knob: value
-                for knob, value in (recipe.get("chunking") or {}).items()
-                if knob in ChunkingSettings.model_fields
-            },
-            **settings.chunking.model_dump(include=settings.chunking.model_fields_set),
-        }
-    )
-    # Not a new collection beside the one to be repaired.
-    qdrant = settings.qdrant.model_copy(update={"on_change": "refuse"})
-    return settings.model_copy(update={"embedding": embedding, "chunking": chunking, "qdrant": qdrant})
 
 
 # ---------------------------------------------------------------------------------------------- parts

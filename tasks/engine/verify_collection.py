@@ -21,6 +21,7 @@ from tasks.backends.qdrant_collections import SCHEMA_VERSION
 from tasks.backends.readers import hash_content, read_file
 from tasks.backends.sources import Source, open_source
 from tasks.config import IngestSettings, SourceSettings
+from tasks.engine.collection_recipe import NodeCheck
 from tasks.engine.existing_store import open_existing_store
 from tasks.engine.select_changed import HASH_THREADS
 from tasks.errors import StoreMismatch
@@ -72,6 +73,7 @@ def inspect_collection(
     )
     try:
         live = find_live(store, settings.qdrant.collection)
+        check = NodeCheck(settings, store.collection_model(settings.qdrant.collection))
         inspection = Inspection(settings.qdrant.collection, live.physical, live.dimension)
         observer.stage("ledger", live.physical)
         _read_ledger(store, inspection)
@@ -85,7 +87,7 @@ def inspect_collection(
         source = open_source(settings.source, leave_out=settings.own_folders)
         inspection.source = source.key
         _note_unknown_source(inspection)
-        _read_source(source, settings.source, inspection)
+        _read_source(source, settings.source, inspection, check)
     inspection.findings = tuple(
         itertools.chain.from_iterable(reconcile_document(facts) for _, facts in sorted(inspection.documents.items()))
     )
@@ -179,21 +181,26 @@ def _note_unknown_source(inspection: Inspection) -> None:
         )
 
 
-def _read_source(source: Source, settings: SourceSettings, inspection: Inspection) -> None:
+def _read_source(source: Source, settings: SourceSettings, inspection: Inspection, check: NodeCheck) -> None:
     """Say of every document of this source what the source has of it now."""
     documents = inspection.documents
     covered: list[str] = []
 
     def look(item: Item) -> tuple[SourceState, str, str]:
+        is_known = (source.key, item.doc_id) in documents
+        content: str | Document | Rejection
         if isinstance(item, FileRef):
             # What nobody knows is read: an empty file is not missing.
-            is_known = (source.key, item.doc_id) in documents
             content = hash_content(item, settings) if is_known else read_file(item, settings)
         else:
             content = item
         if isinstance(content, Rejection):
             return ("unreadable" if content.status == "failed" else "skipped"), "", content.reason
-        return "readable", content if isinstance(content, str) else content.content_hash, ""
+        if isinstance(content, Document):
+            if not is_known and not check.has_nodes(content):
+                return "skipped", "", "There is no text in it."
+            content = content.content_hash
+        return "readable", content, ""
 
     with ThreadPoolExecutor(HASH_THREADS, "hash") as pool:
         for items in _take(source, ITEMS_AT_ONCE):

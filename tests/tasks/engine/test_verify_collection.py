@@ -190,7 +190,8 @@ def damage_every_way(harbour: Harbour) -> dict[str, list[str]]:
     unit = unit / np.linalg.norm(unit)
 
     write_document(harbour.docs, "new.txt")
-    (harbour.docs / "empty.txt").touch()  # nothing to embed in it: not missing
+    (harbour.docs / "empty.txt").touch()  # nothing to embed in these two: not missing
+    (harbour.docs / "glyphs.txt").write_text("\ue000\ue001 \ue002")
     (harbour.docs / "01.txt").unlink()
     write_document(harbour.docs, "02.txt", first="A first paragraph that is new.")
     (harbour.docs / "03.txt").unlink()
