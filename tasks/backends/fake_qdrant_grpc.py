@@ -106,10 +106,12 @@ class LoopbackQdrantGrpc:
                     self.faults.remove(fault)
                 if self.api_key and name != "Qdrant/HealthCheck" and metadata.get("api-key") != self.api_key:
                     context.abort(grpc.StatusCode.UNAUTHENTICATED, "Invalid API key or JWT")
-                answered = b""
+                code, said, answered = None, "", b""
                 if fault is None or fault.after_effect or fault.truncate:
-                    answered = self._apply(act, request, context)
+                    code, said, answered = self._apply(act, request)
             if fault is None:
+                if code is not None:
+                    context.abort(grpc.StatusCode[code], said)
                 return answered
             if fault.truncate:
                 return answered[:-1] or b"\n"  # a field's tag without the field
@@ -126,18 +128,16 @@ class LoopbackQdrantGrpc:
 
         return answer
 
-    def _apply(self, act: Callable[[Any], Any], request: Any, context: Any) -> bytes:
-        import grpc
-
+    def _apply(self, act: Callable[[Any], Any], request: Any) -> tuple[str | None, str, bytes]:
+        """Status code and its reason, None for a good one, and the answer."""
         try:
-            return bytes(act(request).SerializeToString())
+            return None, "", act(request).SerializeToString()
         except ValueError as error:
             said = str(error)
-            code = "ALREADY_EXISTS" if "already exists" in said else "NOT_FOUND" if "not found" in said else None
-            context.abort(grpc.StatusCode[code or "INVALID_ARGUMENT"], said)
+            known = "ALREADY_EXISTS" if "already exists" in said else "NOT_FOUND" if "not found" in said else None
+            return known or "INVALID_ARGUMENT", said, b""
         except KeyError as error:
-            context.abort(grpc.StatusCode.NOT_FOUND, f"No point with id {error} found")
-        raise AssertionError("abort raises")
+            return "NOT_FOUND", f"No point with id {error} found", b""
 
     def _routes(self) -> dict[str, dict[str, tuple[Any, Callable[[Any], Any]]]]:
         from qdrant_client import grpc
