@@ -187,7 +187,10 @@ def _withhold(work: _Work, inspection: Inspection, limits: DeleteSettings) -> li
     notes = []
     decision = decide_deletes(
         work.gone,
-        known=sum(source == inspection.source for source, _ in inspection.documents),
+        known=sum(
+            facts.source == inspection.source and (facts.points > 0 or _has_points(facts.record))
+            for facts in inspection.documents.values()
+        ),
         covered=inspection.covered,
         max_documents=limits.max_documents,
         max_fraction=limits.max_fraction,
@@ -214,6 +217,10 @@ def _withhold(work: _Work, inspection: Inspection, limits: DeleteSettings) -> li
             "`ballast ingest` with their source."
         )
     return notes
+
+
+def _has_points(record: LedgerRecord | None) -> bool:
+    return record is not None and record.has_points
 
 
 def _delete_points(store: QdrantStore, inspection: Inspection, work: _Work) -> None:
