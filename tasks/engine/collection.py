@@ -49,6 +49,7 @@ class RunCollection:
         self._fingerprint = fingerprint
         self._recipe = recipe
         self._stop = stop or threading.Event()
+        store.calls.should_stop = self._stop.is_set  # the store's own waits between two attempts end as well
         self._note = note
         self._lock = threading.Lock()
         self._patience = threading.local()
@@ -166,8 +167,8 @@ class RunCollection:
         self.make()
         self._wait_for(lambda: self.store.switch_alias(self.name, self.physical))
         return (
-            f"{self.name!r} is {self.physical} now. The old one, {live}, is kept: `ballast collections --drop-old` "
-            "removes it."
+            f"{self.name!r} is {self.physical} now. The old one, {live}, is kept: "
+            f"`ballast collections --collection {self.name} --drop-old` removes it."
         )
 
     @contextmanager

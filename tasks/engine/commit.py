@@ -206,11 +206,22 @@ class Committer:
         return replace(rejection, content_hash=opened.done.content_hash)
 
     def _delete(self, records: Sequence[LedgerRecord]) -> None:
-        """Points first, their records after: killed in between, the next run finds the record and deletes again."""
+        """Points first, their records after: killed in between, the next run finds the record and deletes again.
+
+        The record says "pending" meanwhile: a document that comes back as it was must not be taken for unchanged.
+        """
         for start in range(0, len(records), COMMIT_DOCUMENTS):
             some = records[start : start + COMMIT_DOCUMENTS]
             with_points = [record.doc_id for record in some if record.has_points]
             if with_points:
+                now = _now()
+                self.collection.write_records(
+                    [
+                        to_pending(record, record.source, record.doc_id, record.content_hash, now=now)
+                        for record in some
+                        if record.has_points
+                    ]
+                )
                 self.collection.delete_documents(with_points)
             self.collection.remove_records([record.doc_id for record in some])
 

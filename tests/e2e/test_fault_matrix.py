@@ -377,6 +377,23 @@ def test_a_run_that_ends_at_any_request_is_gone_on_with(
     assert wrong == []
 
 
+def test_a_source_that_goes_back_after_a_run_that_ended_is_not_taken_for_unchanged(
+    wire: Wire, stages: list[Stage]
+) -> None:
+    """The ledger's old record would fit the old content, but points have been touched: the document is pending since."""
+    stage = stages[1]
+    fault: Any = Fault(".*", reset=True) if isinstance(wire, RestWire) else RpcFault(".*")
+    wrong = []
+    for index, request in enumerate(stage.requests):
+        load(wire, stage.start, Disappear(fault, index, 1))
+        with pytest.raises(StoreUnavailable):
+            ingest(open_store(wire, attempts=1, sleeps=[]), AFTER, PRINT_A)
+        ingest(open_store(wire, attempts=1, sleeps=[]), BEFORE, PRINT_A)
+        if read_state(wire.memory) != stages[0].end or wire.holes:
+            wrong.append((index, request, wire.holes))
+    assert wrong == []
+
+
 def test_the_undisturbed_life_is_what_it_should_be(stages: list[Stage]) -> None:
     """What the matrix compares with: right by itself, or all of it would be right about nothing."""
     for stage, source in zip(stages, [BEFORE, AFTER, AFTER], strict=True):
