@@ -13,6 +13,7 @@ from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Literal
 
 from tasks.backends.processes import spawn_pool
+from tasks.backends.readers import hash_content
 from tasks.config import ChunkingSettings, SourceSettings
 from tasks.errors import BallastError
 from tasks.policy.identity import compute_generation, compute_node_id
@@ -130,16 +131,23 @@ def _chunk_alone(batch: list[Item], pool: _WorkerPool) -> list[Chunked]:
                     f"The worker process died on this document of {size} bytes, most likely for want of memory. "
                     "Split the document, or lower chunking.workers.",
                     size,
+                    content_hash=_hash(item, pool.spec.source),
                 )
             )
     return results
+
+
+def _hash(item: Item, settings: SourceSettings) -> str:
+    """So that the ledger knows this content again, and parks it after some runs. Streamed: it kills no process."""
+    found = hash_content(item, settings) if isinstance(item, FileRef) else item.content_hash
+    return found if isinstance(found, str) else found.content_hash
 
 
 class _WorkerPool:
     """A pool that can be replaced after one of its processes died."""
 
     def __init__(self, spec: ChunkSpec, workers: int) -> None:
-        self._spec = spec
+        self.spec = spec
         self._workers = workers
         self._pool = self._start()
 
@@ -148,11 +156,11 @@ class _WorkerPool:
 
     def submit(self, batch: list[Item]) -> Future[list[Chunked]]:
         try:
-            return self._pool.submit(chunk_batch, batch, self._spec)
+            return self._pool.submit(chunk_batch, batch, self.spec)
         except BrokenProcessPool:
             # It broke since the last result: the batches under way will tell, this one was never begun.
             self.replace()
-            return self._pool.submit(chunk_batch, batch, self._spec)
+            return self._pool.submit(chunk_batch, batch, self.spec)
 
     def replace(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
