@@ -62,10 +62,12 @@ class IngestRun:
         *,
         chunk_workers: int | None = None,
         start: StartDevices = start_devices,
+        started: float | None = None,
     ) -> None:
         """`stop`, once set, ends every stage at its next node, micro-batch or wait; close() sets it.
 
         chunk_workers: instead of what the settings say; 0 chunks in this process. `start`: where the run embeds.
+        `started`: by time.monotonic(), when all this began to be opened: the first of the run's seconds.
         """
         self.settings = settings
         self.files = files
@@ -94,8 +96,9 @@ class IngestRun:
         self._exhausted = False
         self._settled: Settled | None = None
         self._points_to_come: int | None = None
-        self._started = time.monotonic()
+        self._started = time.monotonic() if started is None else started
         self._stage_seconds: defaultdict[str, float] = defaultdict(float)
+        self._stage_seconds["prepare"] = time.monotonic() - self._started
         progress = Progress(source.total_bytes())
         self.committer = Committer(collection, self.books, self._books_lock, max_attempts=settings.source.max_attempts)
         self._selector = ChangeSelector(
@@ -376,6 +379,7 @@ def open_run(
 
     Raises SourceError, ModelError, ConfigError, StoreMismatch, StoreLocked, StoreUnavailable.
     """
+    started = time.monotonic()
     observer = current_observer.get()
     observer.stage("source", settings.source.uri)
     source = open_source(settings.source, leave_out=settings.own_folders)
@@ -393,7 +397,16 @@ def open_run(
             store, settings.qdrant, files, fingerprint, source.key, recipe=recipe, stop=stop, note=observer.note
         )
         run = IngestRun(
-            settings, files, source, collection, spec, observer, stop, chunk_workers=chunk_workers, start=start
+            settings,
+            files,
+            source,
+            collection,
+            spec,
+            observer,
+            stop,
+            chunk_workers=chunk_workers,
+            start=start,
+            started=started,
         )
     except BaseException:
         store.close()

@@ -54,13 +54,18 @@ class Result:
 def write_corpus(folder: Path, documents: int, median_words: int, seed: int = 7) -> None:
     """Texts of log-normal length (at most 4,000 words) of sentences from the sample corpus."""
     rng = np.random.default_rng(seed)
-    texts = [path.read_text(encoding="utf-8") for path in sorted(SAMPLES.rglob("*")) if path.suffix in (".md", ".txt")]
-    sentences = [part.strip() + "." for text in texts for part in text.replace("\n", " ").split(".") if len(part) > 20]
+    sentences = read_sentences()
     for number, words in enumerate(rng.lognormal(np.log(median_words), 1.0, documents).clip(8, 4000)):
         parts: list[str] = [f"Document {number}."]
         while sum(len(part.split()) for part in parts) < words:
             parts.append(sentences[int(rng.integers(len(sentences)))])
         (folder / f"{number:05d}.txt").write_text(" ".join(parts), encoding="utf-8")
+
+
+def read_sentences() -> list[str]:
+    """Those of the sample corpus."""
+    texts = [path.read_text(encoding="utf-8") for path in sorted(SAMPLES.rglob("*")) if path.suffix in (".md", ".txt")]
+    return [part.strip() + "." for text in texts for part in text.replace("\n", " ").split(".") if len(part) > 20]
 
 
 def find_model() -> str:
