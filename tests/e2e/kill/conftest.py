@@ -8,7 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from killed_runs import Zygote  # noqa: E402
+from killed_runs import Zygote
 
 
 @pytest.fixture(scope="package")

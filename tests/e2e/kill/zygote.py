@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import os
@@ -19,15 +20,16 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[3]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from run_stages import run_stages
 
 import tasks.engine.chunk
 from tasks.backends.fake_encoder import FakeEncoder
@@ -44,16 +46,25 @@ from tasks.engine.measure_device import MeasuredDevice
 from tasks.observe import Observer
 from tasks.policy.memory import MemoryModel
 from tasks.policy.memory_fit import start_fit
-from tasks.records import BatchOutcome, ModelFiles, Partition, TokenIds
+from tasks.records import BatchOutcome, ModelFiles, TokenIds
 
 # What a run imports as it goes: once, for all children.
 LAZY = (
+    "anyio",
+    "ctypes.util",
+    "encodings.cp437",
+    "fsspec.implementations.chained",
+    "h2.connection",
+    "httpcore",
     "llama_index.core.node_parser",
     "llama_index.core.schema",
     "llama_index.core.vector_stores.utils",
     "pandas",  # pyarrow looks for it
     "portalocker",
+    "pyarrow.dataset",
+    "pyarrow.pandas_compat",
     "pyarrow.parquet",
+    "pynvml",
     "qdrant_client.local.qdrant_local",
     "tasks.backends.chunker",
     "tasks.backends.points",
@@ -172,7 +183,6 @@ def ingest(job: Job) -> dict[str, Any]:
     mark = Recorder(job.marks, job.kill)
     watch_stages(mark)
     encoders: list[MarkedEncoder] = []
-    embedded: list[str] = []
 
     def start(settings: IngestSettings, files: ModelFiles, observer: Observer, stop: threading.Event) -> Devices:
         encoder = MarkedEncoder(dimension=files.dimension, mark=mark)
@@ -183,27 +193,13 @@ def ingest(job: Job) -> dict[str, Any]:
             embedder, CpuPool(_no_worker, 1), device="cuda:0", note="", tokens_per_s=1e5, observer=observer, stop=stop
         )
 
-    def embed(partition: Partition) -> Partition:
-        embedded.extend(node.node_id for node in run.spool.read_partition(partition))
-        run.embed_partition(partition)
-        return partition
-
-    def store(partition: Future[Partition]) -> None:
-        run.upsert_partition(partition.result())
-
     mark("> open")
     run = open_run(IngestSettings.model_validate(job.settings), {}, chunk_workers=0, start=start)
     mark("< open")
     try:
-        with ThreadPoolExecutor(1) as loading, ThreadPoolExecutor(1) as embedding, ThreadPoolExecutor(1) as storing:
-            devices = loading.submit(run.start_devices)
-            stored = []
-            while (partition := run.spool_next_partition()) is not None:
-                devices.result()
-                stored.append(storing.submit(store, embedding.submit(embed, partition)))
-            for each in stored:
-                each.result()
-            devices.result()
+        mark("> stages")
+        embedded = run_stages(run)
+        mark("< stages")
         mark("> settle")
         run.settle()
         mark("< settle")
@@ -261,6 +257,8 @@ def serve() -> None:
     """Until stdin is closed; then every child is killed, and waited for."""
     for name in LAZY:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # a collection in a child would copy every page of what it shares with this process
     threads = [path.joinpath("comm").read_text().strip() for path in Path("/proc/self/task").iterdir()]
     assert len(threads) == 1, f"a fork would lose threads of {threads}"
     children: dict[int, Child] = {}
