@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,6 +13,7 @@ from tasks.backends.qdrant_calls import CheckedCalls
 from tasks.backends.qdrant_collections import (
     INDEXED_FIELDS,
     LEDGER_INDEXED_FIELDS,
+    MARKS_SOURCE,
     CollectionPlan,
     CollectionSpec,
     check_fingerprint,
@@ -108,10 +110,20 @@ class Catalog:
                 revision=str(metadata.get("revision", "")),
                 dimension=int(metadata.get("dimension") or 0),
                 points=self._count(physical),
-                documents=self._count(ledger) if ledger in collections else 0,
+                documents=self.count_documents(ledger) if ledger in collections else 0,
             )
             states.append(state)
         return sorted(states, key=lambda state: (not state.is_live, state.physical))
+
+    def count_documents(self, ledger: str) -> int:
+        """Records of documents in a ledger, exactly: its marks of sources are none."""
+        from qdrant_client import models
+
+        if not self._count(ledger):  # it may not be indexed yet, and strict mode refuses a filter then
+            return 0
+        marks = models.FieldCondition(key="source", match=models.MatchValue(value=MARKS_SOURCE))
+        read = partial(self._client.count, ledger, count_filter=models.Filter(must_not=[marks]), exact=True)
+        return int(self._calls.run(f"count the documents in {ledger!r}", read).count)
 
     # ------------------------------------------------------------------------------------------ deciding
 

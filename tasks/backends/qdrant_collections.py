@@ -21,6 +21,9 @@ SCHEMA_VERSION = 2
 # Keyword indexes, made before loading: a facet needs one, and strict mode refuses filters without one.
 INDEXED_FIELDS = ("doc_id", "generation", "ballast_source")
 LEDGER_INDEXED_FIELDS = ("source",)
+# The source of a ledger's points that are marks of sources and no documents': so the one index tells them apart. The
+# control character keeps it from being the name of anybody's source.
+MARKS_SOURCE = "\x1fballast-marks"
 
 LEDGER_SUFFIX = "--ledger"
 _SEPARATOR = "--"

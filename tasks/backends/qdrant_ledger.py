@@ -1,4 +1,7 @@
-"""The ledger of one physical collection: a companion collection without vectors, one point a document."""
+"""The ledger of one physical collection: a companion collection without vectors, one point a document.
+
+Beside them it has a mark for each source whose books were closed here: a point like a document's, but of MARKS_SOURCE.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from tasks.backends.points import check_text, measure_payload, split_batches
 from tasks.backends.qdrant_batches import send_halved
 from tasks.backends.qdrant_calls import CheckedCalls
 from tasks.backends.qdrant_catalog import Catalog
-from tasks.backends.qdrant_collections import name_ledger
+from tasks.backends.qdrant_collections import MARKS_SOURCE, name_ledger
 from tasks.backends.qdrant_documents import delete_ids
 from tasks.backends.qdrant_pages import Pages
 from tasks.errors import StoreRejected
@@ -77,12 +80,15 @@ class Ledger:
             return
         equal = {} if source is None else {"source": source}
         for page in self._pages.iterate(self.name, fields=_FIELDS, page_points=_RECORDS_PER_PAGE, equal=equal):
-            yield [to_record(point) for point in page]
+            records = map(to_record, page)
+            yield [record for record in records if record.source != MARKS_SOURCE or source == MARKS_SOURCE]
 
     def count(self, source: str | None = None) -> int:
         """Records in all, or of one source, exactly."""
-        read = partial(self._client.count, self.name, count_filter=_select(source), exact=True)
         try:
+            if source is None:
+                return self._catalog.count_documents(self.name)
+            read = partial(self._client.count, self.name, count_filter=_select(source), exact=True)
             return int(self._calls.run(f"count the documents in {self.name!r}", read).count)
         except StoreRejected:
             if self._is_made():
@@ -90,13 +96,19 @@ class Ledger:
             return 0
 
     def list_sources(self) -> set[str]:
-        """The sources that have a record."""
+        """The sources that have a record of a document."""
         if not self._is_made():
             return set()
         if self._is_embedded:  # its facet respells what looks like a UUID
             pages = self._pages.iterate(self.name, fields=["source"], page_points=_RECORDS_PER_PAGE)
-            return {str((point.payload or {}).get("source")) for page in pages for point in page}
-        return self._facet_sources(limit=256)
+            found = {str((point.payload or {}).get("source")) for page in pages for point in page}
+        else:
+            found = self._facet_sources(limit=256)
+        return found - {MARKS_SOURCE}
+
+    def read_marks(self) -> dict[str, str]:
+        """Source -> when a run of it last closed its books here, as write_mark() was told; also of one without documents."""
+        return {mark.doc_id: mark.updated_at for page in self.scroll(MARKS_SOURCE) for mark in page}
 
     # ------------------------------------------------------------------------------------------ writing
 
@@ -107,6 +119,10 @@ class Ledger:
         sizes = [measure_payload(point_id, payload) for point_id, payload in payloads.items()]
         for batch in split_batches(sizes, max_points=_RECORDS_PER_REQUEST, max_bytes=_BYTES_PER_REQUEST):
             self._upsert(ids[batch], payloads)
+
+    def write_mark(self, source: str, closed_at: str) -> None:
+        """Say that a run of `source` closed its books here, all documents written, at that time (ISO; empty: not closed)."""
+        self.write([LedgerRecord(MARKS_SOURCE, source, "done", "", updated_at=closed_at)])
 
     def remove(self, source: str, doc_ids: Sequence[str]) -> None:
         """Forget these documents; those without a record are no error."""
@@ -153,10 +169,8 @@ def to_record(point: models.Record) -> LedgerRecord:
     return LedgerRecord(**{field: payload[field] for field in _FIELDS if field in payload})
 
 
-def _select(source: str | None) -> models.Filter | None:
+def _select(source: str) -> models.Filter:
     from qdrant_client import models
 
-    if source is None:
-        return None
     check_text(source)
     return models.Filter(must=[models.FieldCondition(key="source", match=models.MatchValue(value=source))])

@@ -115,6 +115,37 @@ def test_two_sources_do_not_touch_each_other(store: QdrantStore) -> None:
     assert ledger.list_sources() == {"s"}
 
 
+def test_a_mark_of_a_source_is_no_document(store: QdrantStore) -> None:
+    ledger = prepare(store)
+    assert ledger.read_marks() == {}
+    ledger.write(make(["a.md"]))
+    for closed_at in ("2026-11-22T10:00:00+00:00", "2026-11-23T10:00:00+00:00"):
+        for source in ("s", "s3://bucket/ä", "no documents"):
+            ledger.write_mark(source, closed_at)
+        assert ledger.read_marks() == dict.fromkeys(["s", "s3://bucket/ä", "no documents"], closed_at)
+    ledger.write_mark("s", "")
+    assert ledger.read_marks()["s"] == ""
+
+    assert (ledger.count(), ledger.count("s"), ledger.count("no documents")) == (1, 1, 0)
+    assert (read_all(ledger), read_all(ledger, "s"), read_all(ledger, "no documents")) == (make(["a.md"]),) * 2 + ([],)
+    assert ledger.list_sources() == {"s"}
+    assert ledger.read("s", ["s", "", "a.md"]) == {"a.md": make(["a.md"])[0]}
+    assert store.list_physical("docs")[0].documents == 1
+    ledger.remove("s", ["a.md", "s"])
+    assert (ledger.count(), ledger.list_sources(), len(ledger.read_marks())) == (0, set(), 3)
+
+
+def test_marks_go_with_their_ledger(store: QdrantStore) -> None:
+    prepare(store)
+    other = store.prepare_collection("docs", dimension=4, fingerprint="b" * 32, model="mini")
+    store.ledger(other).write_mark("s", "2026-11-22T10:00:00+00:00")
+    assert prepare(store).read_marks() == {}
+    store.drop_physical("docs", other)
+    assert store.ledger(other).read_marks() == {}
+    store.prepare_collection("docs", dimension=4, fingerprint="b" * 32, model="mini")
+    assert store.ledger(other).read_marks() == {}
+
+
 def test_two_collections_have_a_ledger_each(store: QdrantStore) -> None:
     ledger = prepare(store)
     ledger.write(make(["a.md"]))
