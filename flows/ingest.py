@@ -86,6 +86,7 @@ def embed_source(run: IngestRun, devices: PrefectFuture[str]) -> None:
     while stages.is_busy():
         stages.wait()
         stages.advance()
+    stages.finish()
 
 
 class Followed(Generic[Result]):
@@ -141,6 +142,9 @@ class Stages:
 
     def is_full(self) -> bool:
         return len(self._embedding) >= EMBEDDING_AT_ONCE or (bool(self._embedded) and self._run.is_spool_full())
+
+    def finish(self) -> None:
+        self._progress.finish()
 
     def is_busy(self) -> bool:
         return bool(self._embedding or self._embedded or self._storing)

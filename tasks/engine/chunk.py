@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections import deque
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from tasks.backends.processes import spawn_pool
 from tasks.backends.readers import hash_content
-from tasks.config import ChunkingSettings, SourceSettings
+from tasks.config import ChunkingSettings, QdrantSettings, SourceSettings
 from tasks.errors import BallastError
 from tasks.policy.identity import compute_generation, compute_node_id
 from tasks.records import ChunkedDocument, Document, FileRef, Rejection
@@ -31,6 +32,11 @@ BATCH_BYTES = 512 * 1024
 # Nodes take about ten times their text in memory (ids, payload twice): what is in flight is bounded by source bytes.
 IN_FLIGHT_BYTES = 64 * 1024**2
 IN_FLIGHT_BATCHES_PER_WORKER = 3
+
+# A point's payload has the document's metadata as fields, in its node, and in the node's link to the document.
+_METADATA_COPIES = 3
+
+_BATCH_BYTES: int = QdrantSettings.model_fields["batch_bytes"].default
 
 # Each worker is one core: threads of the tokenizer's own would fight with the other workers.
 _ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
@@ -49,6 +55,7 @@ class ChunkSpec:
     fingerprint: str
     source_name: str = ""  # part of every id: see records.LedgerRecord.source
     tokenizer_file: str | None = None  # from export_tokenizer; None: the model's own tokenizer.json
+    max_payload_bytes: int = _BATCH_BYTES  # of one point, as JSON: Qdrant refuses what no request holds
 
 
 def count_workers(setting: int) -> int:
@@ -232,6 +239,9 @@ def _chunk_item(item: FileRef | Document, spec: ChunkSpec, chunker: Chunker) -> 
         generation = compute_generation(
             spec.fingerprint, spec.source_name, document.doc_id, document.text, document.metadata
         )
+        at_least = _METADATA_COPIES * _measure_json(document.metadata)
+        if at_least > spec.max_payload_bytes:  # before it is chunked: each node would get its copies
+            return _reject_payload(document, item.source_bytes, at_least, spec.max_payload_bytes)
         nodes = chunker.chunk(document, generation)
     except (BallastError, ValueError, RecursionError, MemoryError) as error:
         reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
@@ -246,4 +256,24 @@ def _chunk_item(item: FileRef | Document, spec: ChunkSpec, chunker: Chunker) -> 
         node.payload["ballast_source"] = spec.source_name
         node.payload["ballast_nodes"] = len(nodes)
         node.payload["ballast_content"] = content_hash
+        # No payload was found to take more than 2.2 times its node's content: few are so large that they must be measured.
+        if 4 * len(node.payload["_node_content"]) > spec.max_payload_bytes:
+            size = _measure_json(node.payload)
+            if size > spec.max_payload_bytes:
+                return _reject_payload(document, item.source_bytes, size, spec.max_payload_bytes)
     return ChunkedDocument(nodes[0].doc_id, generation, nodes, item.source_bytes, content_hash)
+
+
+def _measure_json(value: object) -> int:
+    """Bytes as UTF-8 JSON."""
+    return len(json.dumps(value, ensure_ascii=False, default=str).encode(errors="surrogatepass"))
+
+
+def _reject_payload(document: Document, source_bytes: int, payload_bytes: int, limit_bytes: int) -> Rejection:
+    reason = (
+        f"A point of it would carry at least {payload_bytes:,} bytes of text and metadata, its metadata several times; the "
+        f"limit is {limit_bytes:,} (qdrant.batch_bytes; a server refuses 32 MiB). Name the metadata that is wanted in "
+        "source.metadata_fields, or shorten it."
+    )
+    content_hash = document.content_hash
+    return Rejection(document.doc_id, "failed", "chunk", reason, source_bytes, content_hash=content_hash)

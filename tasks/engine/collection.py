@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from tasks.backends.qdrant import QdrantStore
+from tasks.backends.qdrant_ledger import Ledger
 from tasks.config import QdrantSettings
 from tasks.errors import RunStopped, StoreUnavailable
 from tasks.records import LedgerRecord, ModelFiles, Payload, Vectors
@@ -65,6 +66,7 @@ class RunCollection:
         self.physical = self.plan.physical
         self.ledger = store.ledger(self.physical)
         self._is_made = False
+        self._is_written = False
         if self.plan.exists:
             self.make()  # there already: completed where an earlier run was killed while it made it
         # A source without any record and any point can be embedded while Qdrant is away: there is nothing to ask it.
@@ -90,86 +92,112 @@ class RunCollection:
 
     def count(self) -> int:
         """All points, of other sources too."""
-        return self._wait_for(lambda: self.store.count(self.physical)) if self._is_made else 0
+        return self.wait_for(lambda: self.store.count(self.physical)) if self._is_made else 0
 
     def count_source(self, *, except_doc_ids: Sequence[str] = ()) -> int:
         if not self._is_made:
             return 0
-        return self._wait_for(
-            lambda: self.store.count_source(self.physical, self.source, except_doc_ids=except_doc_ids)
-        )
+        return self.wait_for(lambda: self.store.count_source(self.physical, self.source, except_doc_ids=except_doc_ids))
 
     def read_records(self, doc_ids: Sequence[str]) -> Mapping[str, LedgerRecord]:
         return {} if self.is_empty else self.read_written_records(doc_ids)
 
     def read_written_records(self, doc_ids: Sequence[str]) -> Mapping[str, LedgerRecord]:
         """Also those that this run has written."""
-        return self._wait_for(lambda: self.ledger.read(self.source, doc_ids)) if self._is_made else {}
+        return self.wait_for(lambda: self.ledger.read(self.source, doc_ids)) if self._is_made else {}
 
     def scroll_records(self) -> Iterator[LedgerRecord]:
-        """The ledger's records of this source. Not repeated where Qdrant goes away midway."""
+        """The ledger's records of this source. Not repeated where Qdrant goes away midway: see wait_for()."""
         if self._is_made:
-            for page in self.ledger.scroll(self.source):
-                self._refuse_if_stopped()
-                yield from page
+            yield from self._scroll(self.ledger)
+
+    def scroll_live_records(self) -> Iterator[LedgerRecord]:
+        """The same of the collection that readers have now; where this is a rebuild, another one."""
+        if self.plan.live is not None:
+            yield from self._scroll(self.store.ledger(self.plan.live))
+
+    def _scroll(self, ledger: Ledger) -> Iterator[LedgerRecord]:
+        for page in ledger.scroll(self.source):
+            self._refuse_if_stopped()
+            yield from page
 
     def existing_generations(self, ids: Sequence[str]) -> Mapping[str, str]:
         if self.is_empty:
             return {}
-        return self._wait_for(lambda: self.store.existing_generations(self.physical, ids))
+        return self.wait_for(lambda: self.store.existing_generations(self.physical, ids))
 
     def count_generations(self, doc_ids: Sequence[str]) -> Mapping[str, int]:
-        return self._wait_for(lambda: self.store.count_generations(self.physical, self.source, doc_ids))
+        return self.wait_for(lambda: self.store.count_generations(self.physical, self.source, doc_ids))
 
     # ------------------------------------------------------------------------------------------ writing
 
     def refresh_payloads(self, ids: Sequence[str], payloads: Sequence[Payload]) -> None:
-        self._wait_for(lambda: self.store.refresh_payloads(self.physical, ids, payloads))
+        self.wait_for(lambda: self.store.refresh_payloads(self.physical, ids, payloads))
 
     def upsert(self, ids: Sequence[str], vectors: Vectors, payloads: Sequence[Payload]) -> None:
         self.make()
-        self._wait_for(lambda: self.store.upsert(self.physical, ids, vectors, payloads))
+        self.wait_for(lambda: self.store.upsert(self.physical, ids, vectors, payloads))
 
     def write_records(self, records: Sequence[LedgerRecord]) -> None:
-        if records:
-            self.make()
-            self._wait_for(lambda: self.ledger.write(records))
+        """Whatever a run changes begins here: with it, the source counts as whole no more, until finish()."""
+        if not records:
+            return
+        self.make()
+        if not self._is_written:
+            self.wait_for(lambda: self.ledger.write_mark(self.source, ""))
+            self._is_written = True
+        self.wait_for(lambda: self.ledger.write(records))
 
     def remove_records(self, doc_ids: Sequence[str]) -> None:
         if doc_ids:
-            self._wait_for(lambda: self.ledger.remove(self.source, doc_ids))
+            self.wait_for(lambda: self.ledger.remove(self.source, doc_ids))
 
     def delete_other_generations(self, doc_ids: Sequence[str], keep: Collection[str]) -> None:
-        self._wait_for(lambda: self.store.delete_other_generations(self.physical, self.source, doc_ids, keep))
+        self.wait_for(lambda: self.store.delete_other_generations(self.physical, self.source, doc_ids, keep))
 
     def delete_documents(self, doc_ids: Sequence[str]) -> None:
-        self._wait_for(lambda: self.store.delete_documents(self.physical, self.source, doc_ids))
+        self.wait_for(lambda: self.store.delete_documents(self.physical, self.source, doc_ids))
 
     # ------------------------------------------------------------------------------------------ switching
 
-    def switch(self, *, documents_failed: int) -> str:
-        """Point the alias here if all is there that the old collection has; returns what happened, for people.
+    def finish(self, closed_at: str, *, documents_failed: int, lost: str = "") -> str:
+        """Called when the books have closed: mark the source as whole here, and switch a rebuilt collection.
 
-        Called when the books have closed. Empty where the alias pointed here before.
+        closed_at: ISO time. lost: why readers would lose documents of this source with the switch; empty where they don't.
+        Returns what happened, for people; empty where this is no rebuild.
         """
-        if not self.plan.is_rebuild or self.plan.live is None:
-            return ""
         kept = f"{self.name!r} stays {self.plan.live} for now"
         if documents_failed:
-            return f"{kept}: {documents_failed} documents failed. Mend them and run again; or see `ballast failures`."
+            # Not marked: others that wait for this source go on waiting.
+            told = f"{kept}: {documents_failed} documents failed. Mend them and run again; or see `ballast failures`."
+            return told if self.plan.is_rebuild else ""
+        if self._is_written or not self.wait_for(self.ledger.read_marks).get(self.source):
+            self.make()
+            self.wait_for(lambda: self.ledger.write_mark(self.source, closed_at))
         live = self.plan.live
-        sources = self._wait_for(lambda: self.store.ledger(live).list_sources() - self.ledger.list_sources())
-        if sources and not self._settings.switch_incomplete:
+        if not self.plan.is_rebuild or live is None:
+            return ""
+        if lost:
+            return f"{kept}: {lost}"
+        lacking = self._find_lacking_sources(live)
+        if lacking and not self._settings.switch_incomplete:
             return (
-                f"{kept}: it has documents of {', '.join(sorted(sources))}, which are not in {self.physical} yet. Ingest "
+                f"{kept}: it has documents of {', '.join(lacking)}, and {self.physical} has not, or not as new ones. Ingest "
                 "them with these settings, too; or leave them behind with --set qdrant.switch_incomplete=true."
             )
         self.make()
-        self._wait_for(lambda: self.store.switch_alias(self.name, self.physical))
+        self.wait_for(lambda: self.store.switch_alias(self.name, self.physical))
         return (
             f"{self.name!r} is {self.physical} now. The old one, {live}, is kept: "
             f"`ballast collections --collection {self.name} --drop-old` removes it."
         )
+
+    def _find_lacking_sources(self, live: str) -> list[str]:
+        """Sources of the live collection whose last green run here is missing, or older than their last one there."""
+        there = self.store.ledger(live)
+        marks, live_marks = self.wait_for(self.ledger.read_marks), self.wait_for(there.read_marks)
+        others = self.wait_for(there.list_sources) - {self.source}
+        return sorted(each for each in others if not marks.get(each) or marks[each] < live_marks.get(each, ""))
 
     @contextmanager
     def patient_for(self, seconds: float) -> Iterator[None]:
@@ -180,7 +208,7 @@ class RunCollection:
         finally:
             del self._patience.seconds
 
-    def _wait_for(self, request: Callable[[], T]) -> T:
+    def wait_for(self, request: Callable[[], T]) -> T:
         """The request's answer; asked again while Qdrant is away, up to qdrant.outage_s.
 
         What a request does can be done twice. Raises StoreUnavailable, RunStopped.
@@ -198,7 +226,9 @@ class RunCollection:
         def tell(state: RetryCallState) -> None:
             if state.attempt_number == 1:
                 error = state.outcome.exception() if state.outcome else None
-                self._note(f"waiting for Qdrant, {self._settings.outage_s:g} s at most; embedding goes on: {error}")
+                self._note(
+                    f"waiting for Qdrant, {self._settings.outage_s:g} s at most; what is chunked is embedded meanwhile: {error}"
+                )
 
         def sleep(pause_s: float) -> None:
             self._stop.wait(pause_s)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 from tasks.config import DeleteSettings
@@ -30,6 +30,17 @@ class _Open:
     is_begun: bool = False
 
 
+@dataclass(slots=True)
+class _LedgerFacts:
+    """What one pass over a ledger says of this source."""
+
+    known: int = 0  # documents with points
+    points: int = 0  # of the committed ones
+    gone: list[LedgerRecord] = field(default_factory=list)  # not in the source any more
+    pending: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+
+
 @dataclass(frozen=True, slots=True)
 class Settled:
     """The end of a source: what was deleted, and what Qdrant should have of its committed documents."""
@@ -37,6 +48,12 @@ class Settled:
     decision: DeleteDecision
     points_expected: int
     points_counted: int
+    pending: tuple[
+        str, ...
+    ] = ()  # documents of the source that are not committed, though nothing says that they failed
+    lost: DeleteDecision | None = (
+        None  # of a rebuild: what readers would lose with the switch, against the live collection
+    )
 
 
 class Committer:
@@ -51,13 +68,16 @@ class Committer:
         self._lock = lock
         self._open: dict[str, _Open] = {}
         self._commit_lock = threading.Lock()
+        self._growth_points = 0
 
     def open_documents(self, documents: Iterable[ChunkedDocument], records: Mapping[str, LedgerRecord]) -> None:
         """Remember what will be committed; `records` are what the ledger has of them."""
         with self._lock:
             for document in documents:
                 done = to_done(self.collection.source, document, now="")
-                self._open.setdefault(document.doc_id, _Open(records.get(document.doc_id), done))
+                before = records.get(document.doc_id)
+                self._open.setdefault(document.doc_id, _Open(before, done))
+                self._growth_points += done.nodes - (before.nodes if before is not None else 0)
 
     def begin(self, doc_ids: Iterable[str]) -> None:
         """Say in the ledger that points of these documents are about to be touched. Once a document."""
@@ -67,7 +87,7 @@ class Committer:
                 for doc_id in dict.fromkeys(doc_ids)
                 if doc_id in self._open and not self._open[doc_id].is_begun
             ]
-        now = _now()
+        now = get_now()
         for start in range(0, len(starting), COMMIT_DOCUMENTS):
             some = starting[start : start + COMMIT_DOCUMENTS]
             self.collection.write_records(
@@ -79,43 +99,57 @@ class Committer:
             for _, opened in some:
                 opened.is_begun = True
 
-    def commit_whole(self) -> None:
-        """Commit every document whose nodes are all stored by now."""
-        while True:
-            with self._lock:
-                doc_ids = self.books.take_whole(COMMIT_DOCUMENTS)
-            if not doc_ids:
-                return
-            # One at a time: a document's deletes must not cross another commit's counts for no reason.
-            with self._commit_lock:
+    @property
+    def growth_points(self) -> int:
+        """How many points more the documents opened so far have, once they are all committed, than they had before."""
+        return self._growth_points
+
+    def commit_whole(self, *, at_least: int = 1) -> None:
+        """Commit every document whose nodes are all stored by now, where there are `at_least` so many.
+
+        Repeatable: what an outage cut off, in whichever of its steps, is done again from its count on.
+        """
+        with self._commit_lock:
+            while True:
+                with self._lock:
+                    doc_ids = self.books.list_whole(max(COMMIT_DOCUMENTS, at_least))
+                if not doc_ids or len(doc_ids) < at_least:
+                    return
                 self._commit(doc_ids)
+                with self._lock:
+                    self.books.forget_whole(doc_ids)
 
     def _commit(self, doc_ids: Sequence[str]) -> None:
         with self._lock:
             opened = {doc_id: self._open[doc_id] for doc_id in doc_ids if doc_id in self._open}
         counts = self.collection.count_generations(list(opened))
-        with self._lock:
-            good = {
-                doc_id: each
-                for doc_id, each in opened.items()
-                if self.books.commit_document(doc_id, counts.get(each.done.generation, 0))
-            }
-        if not good:
-            return
-        keep = {each.done.generation for each in good.values()}
-        if counts.keys() - {each.done.generation for each in opened.values()}:
+        good = self._keep_counted(opened, counts)
+        if counts.keys() - {each.done.generation for each in opened.values()} and good:
+            keep = {each.done.generation for each in good.values()}
             self.collection.delete_other_generations(list(good), keep)
-        now = _now()
+            # Another run of this source, on another machine, may have done the same at the same time to what this one wrote.
+            good = self._keep_counted(good, self.collection.count_generations(list(good)))
+        now = get_now()
         self.collection.write_records([replace(each.done, updated_at=now) for each in good.values()])
         with self._lock:
+            self.books.commit_documents(good)
             for doc_id in good:
                 del self._open[doc_id]
+
+    def _keep_counted(self, opened: Mapping[str, _Open], counts: Mapping[str, int]) -> dict[str, _Open]:
+        """Those of which Qdrant has every point; the others are in the books as miscounted."""
+        with self._lock:
+            return {
+                doc_id: each
+                for doc_id, each in opened.items()
+                if self.books.check_count(doc_id, counts.get(each.done.generation, 0))
+            }
 
     def begin_leftovers(self, nodes: Sequence[Node]) -> None:
         """As begin(), for nodes that an earlier run of this source embedded and could not store."""
         contents = {node.doc_id: str(node.payload.get("ballast_content", "")) for node in nodes}
         records = self.collection.read_written_records(list(contents))
-        now = _now()
+        now = get_now()
         self.collection.write_records(
             [
                 to_pending(records.get(doc_id), self.collection.source, doc_id, content, now=now)
@@ -129,7 +163,8 @@ class Committer:
         """The rejection as the books should have it, and whether it is parked: failed too often with this content."""
         if rejection.status != "failed" or rejection.covers is not None or record is None:
             return rejection, False
-        if decide_document(record, rejection.content_hash, max_attempts=self.max_attempts) != "parked":
+        content_hash, reason = rejection.content_hash, rejection.reason
+        if decide_document(record, content_hash, max_attempts=self.max_attempts, reason=reason) != "parked":
             return rejection, False
         return replace(rejection, status="skipped", reason=describe_parked(record)), True
 
@@ -140,25 +175,45 @@ class Committer:
         """
         self.commit_whole()
         self._write_failures()
-        gone: list[LedgerRecord] = []
-        uncommitted: list[str] = []
-        known = points = 0
-        for record in self.collection.scroll_records():
-            known += record.has_points
+        ledger = self.collection.wait_for(lambda: self._read_ledger(self.collection.scroll_records()))
+        decision = self._decide(ledger, deletes)
+        self._delete((*decision.delete, *decision.forget))
+        lost = None
+        if self.collection.plan.is_rebuild:
+            live = self.collection.wait_for(lambda: self._read_ledger(self.collection.scroll_live_records()))
+            lost = self._decide(live, deletes)
+        deleted = {record.doc_id for record in (*decision.delete, *decision.forget)}
+        with self._lock:
+            self.books.documents_deleted = len(decision.delete)
+            self.books.documents_withheld = len(decision.withheld) + (len(lost.withheld) if lost is not None else 0)
+        uncommitted = [doc_id for doc_id in (*ledger.pending, *ledger.failed) if doc_id not in deleted]
+        counted = self.collection.count_source(except_doc_ids=uncommitted)
+        expected = ledger.points - sum(record.nodes for record in decision.delete if record.status == "done")
+        pending = tuple(doc_id for doc_id in ledger.pending if doc_id not in deleted)
+        return Settled(decision, points_expected=expected, points_counted=counted, pending=pending, lost=lost)
+
+    def _read_ledger(self, records: Iterable[LedgerRecord]) -> _LedgerFacts:
+        """One pass, in memory bounded by what is not in order."""
+        facts = _LedgerFacts()
+        for record in records:
+            facts.known += record.has_points
             with self._lock:
                 is_there = self.books.is_in_source(record.doc_id)
             if not is_there:
-                gone.append(record)
+                facts.gone.append(record)
             if record.status == "done":
-                points += record.nodes
+                facts.points += record.nodes
             else:
-                uncommitted.append(record.doc_id)
+                (facts.pending if record.status == "pending" else facts.failed).append(record.doc_id)
+        return facts
+
+    def _decide(self, facts: _LedgerFacts, deletes: DeleteSettings) -> DeleteDecision:
         with self._lock:
             covered = [each.covers for each in self.books.rejections() if each.covers is not None]
             listed = self.books.documents_in_source
-        decision = decide_deletes(
-            gone,
-            known=known,
+        return decide_deletes(
+            facts.gone,
+            known=facts.known,
             covered=covered,
             max_documents=deletes.max_documents,
             max_fraction=deletes.max_fraction,
@@ -166,15 +221,6 @@ class Committer:
             propagate=deletes.propagate,
             listed=listed,
         )
-        self._delete((*decision.delete, *decision.forget))
-        points -= sum(record.nodes for record in decision.delete if record.status == "done")
-        deleted = {record.doc_id for record in (*decision.delete, *decision.forget)}
-        uncommitted = [doc_id for doc_id in uncommitted if doc_id not in deleted]
-        with self._lock:
-            self.books.documents_deleted = len(decision.delete)
-            self.books.documents_withheld = len(decision.withheld)
-        counted = self.collection.count_source(except_doc_ids=uncommitted)
-        return Settled(decision, points_expected=points, points_counted=counted)
 
     def _write_failures(self) -> None:
         with self._lock:
@@ -183,7 +229,7 @@ class Committer:
         for start in range(0, len(failed), COMMIT_DOCUMENTS):
             some = failed[start : start + COMMIT_DOCUMENTS]
             records = self.collection.read_written_records([each.doc_id for each in some])
-            now = _now()
+            now = get_now()
             self.collection.write_records(
                 [
                     to_failed(
@@ -214,7 +260,7 @@ class Committer:
             some = records[start : start + COMMIT_DOCUMENTS]
             with_points = [record.doc_id for record in some if record.has_points]
             if with_points:
-                now = _now()
+                now = get_now()
                 self.collection.write_records(
                     [
                         to_pending(record, record.source, record.doc_id, record.content_hash, now=now)
@@ -226,5 +272,6 @@ class Committer:
             self.collection.remove_records([record.doc_id for record in some])
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+def get_now() -> str:
+    """ISO 8601, UTC."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -11,6 +11,7 @@ from tasks.policy.books import Ledgerbook
 from tasks.policy.partitions import PartitionBuilder
 from tasks.records import ChunkedDocument, LedgerRecord, Node, Partition, Payload, Rejection
 
+COMMIT_REUSED = 1024
 LOOKUP_NODES = (
     512  # ids of one look-up: Qdrant answers a thousand as fast as ten, a run that starts should not wait for more
 )
@@ -30,6 +31,8 @@ class OpenDocuments(Protocol):
     def open_documents(self, documents: Iterable[ChunkedDocument], records: Mapping[str, LedgerRecord]) -> None: ...
 
     def begin(self, doc_ids: Iterable[str]) -> None: ...
+
+    def commit_whole(self, *, at_least: int) -> None: ...
 
     def judge(self, rejection: Rejection, record: LedgerRecord | None) -> tuple[Rejection, bool]: ...
 
@@ -107,6 +110,8 @@ def _drop_stored(
     with lock:
         for node in known:
             books.reuse_nodes([node.doc_id], unchanged=generations[node.node_id] == node.generation)
+    # Where everything is there already, no partition comes by to commit with: a ledger is lost, or the parsers are new.
+    committer.commit_whole(at_least=COMMIT_REUSED)
     return [node for node in nodes if node.node_id not in generations]
 
 

@@ -54,4 +54,5 @@ def make_chunk_spec(
         fingerprint=fingerprint,
         source_name=source_name,
         tokenizer_file=tokenizer_file,
+        max_payload_bytes=settings.qdrant.batch_bytes,
     )

@@ -24,13 +24,13 @@ from tasks.backends.spool import SpoolFolder
 from tasks.config import IngestSettings
 from tasks.engine.chunk import ChunkSpec, count_workers, iter_chunked
 from tasks.engine.collection import STOPPED, RunCollection
-from tasks.engine.commit import Committer, Settled
+from tasks.engine.commit import Committer, Settled, get_now
 from tasks.engine.devices import Devices, start_devices
 from tasks.engine.embedded import MISSING, ON_CPU, ON_DEVICE, Embedded
 from tasks.engine.fill_partitions import Progress, fill_partitions, select_new_nodes
 from tasks.engine.fingerprint import describe_recipe, find_tokenizer, make_chunk_spec
 from tasks.engine.select_changed import ChangeSelector
-from tasks.errors import BooksDontClose, RunStopped, SpoolError
+from tasks.errors import BooksDontClose, RunStopped, SpoolError, StoreRejected
 from tasks.observe import Observer, current_observer
 from tasks.policy.books import Ledgerbook
 from tasks.policy.identity import compute_fingerprint
@@ -90,12 +90,13 @@ class IngestRun:
         self._books_lock = threading.Lock()
         self._devices_lock = threading.Lock()
         self._source_lock = threading.Lock()
+        self._store_lock = threading.Lock()
         self._stop = stop or threading.Event()
         self._devices_wanted = threading.Event()
         self._devices_ready = threading.Event()
         self._exhausted = False
         self._settled: Settled | None = None
-        self._points_to_come: int | None = None
+        self._points_before: int | None = None  # in the whole collection, before this run stored any
         self._started = time.monotonic() if started is None else started
         self._stage_seconds: defaultdict[str, float] = defaultdict(float)
         self._stage_seconds["prepare"] = time.monotonic() - self._started
@@ -159,7 +160,7 @@ class IngestRun:
             with self._timed("chunk"), self._source_lock:
                 partition = next(self._partitions, None)
                 if partition is not None:
-                    self._refuse_without_room(partition)
+                    self._refuse_without_room()
         except BaseException:
             self._end_of_source()
             raise
@@ -206,18 +207,19 @@ class IngestRun:
 
     def upsert_partition(self, partition: Partition) -> int:
         """Points into Qdrant, and every document committed that is whole with them; can be repeated. Returns the points."""
-        with self._timed("upsert"), self.collection.patient_for(UPSERT_PATIENCE_S):
-            nodes, rows, vectors = self._read_embedded(partition)
-            self.committer.begin(node.doc_id for node in nodes)
-            self._upsert(nodes, rows, vectors)
-        with self._books_lock:
-            # Once, also where the commit below fails and this is repeated.
-            if partition.index not in self._stored:
-                self._stored.add(partition.index)
-                self.books.store_nodes(nodes[row].doc_id for row in rows)
-        with self._timed("commit"), self.collection.patient_for(UPSERT_PATIENCE_S):
-            self.committer.commit_whole()
-        self.spool.remove_partition(partition)
+        with self._store_lock, self.collection.patient_for(UPSERT_PATIENCE_S):
+            with self._timed("upsert"):
+                nodes, rows, vectors = self._read_embedded(partition)
+                self.committer.begin(node.doc_id for node in nodes)
+                self._upsert(nodes, rows, vectors)
+            with self._books_lock:
+                # Once, also where the commit below fails and this is repeated.
+                if partition.index not in self._stored:
+                    self._stored.add(partition.index)
+                    self.books.store_nodes(nodes[row].doc_id for row in rows)
+            with self._timed("commit"):
+                self.committer.commit_whole()
+            self.spool.remove_partition(partition)
         return len(rows)
 
     def store_leftovers(self) -> int:
@@ -229,9 +231,16 @@ class IngestRun:
         for partition in self.spool.list_embedded():
             with self._timed("upsert"):
                 nodes, rows, vectors = self._read_embedded(partition)
-                self.committer.begin_leftovers(nodes)
-                self._upsert(nodes, rows, vectors)
                 self.collection.is_empty = False
+                self.committer.begin_leftovers(nodes)
+                try:
+                    self._upsert(nodes, rows, vectors)
+                except StoreRejected as error:
+                    # Their documents are pending: this run does them again, if the source has them still.
+                    self.tell(
+                        f"{partition.nodes} nodes that an earlier run embedded are refused and embedded again: {error}"
+                    )
+                    continue
                 points += len(rows)
         self.spool.clear()
         if points:
@@ -271,8 +280,9 @@ class IngestRun:
         if settled is None:
             raise RuntimeError("close_books before settle")
         with self._books_lock:
-            books, off = self.books.close(settled.points_counted, settled.points_expected)
-        told = "" if off else self.collection.switch(documents_failed=books.documents_failed)
+            books, off = self.books.close(settled.points_counted, settled.points_expected, pending=settled.pending)
+        lost = settled.lost.reason if settled.lost is not None and settled.lost.withheld else ""
+        told = "" if off else self.collection.finish(get_now(), documents_failed=books.documents_failed, lost=lost)
         if told:
             self.tell(told)
         self._stage_seconds["total"] = time.monotonic() - self._started
@@ -292,8 +302,9 @@ class IngestRun:
             self._chunked.close()
             self._selected.close()
         self.sampler.stop()
-        self.spool.unlock()
-        self.store.close()
+        with self._store_lock:  # what keeps the next run away must not end before this one's last write
+            self.spool.unlock()
+            self.store.close()
 
     # ------------------------------------------------------------------------------------------ parts
 
@@ -306,14 +317,13 @@ class IngestRun:
         if self._stop.is_set():
             raise RunStopped(STOPPED)
 
-    def _refuse_without_room(self, partition: Partition) -> None:
+    def _refuse_without_room(self) -> None:
         if not self.store.is_embedded:
             return
-        if self._points_to_come is None:
-            # Before the first partition nothing of this run is stored; its nodes are new, so they add up from here on.
-            self._points_to_come = self.collection.count()
-        self._points_to_come += partition.nodes
-        self.store.check_room(self.physical, self._points_to_come)
+        if self._points_before is None:
+            self._points_before = self.collection.count()
+        # Not the partition's nodes: those that an edited document had before go when it is committed.
+        self.store.check_room(self.physical, self._points_before + self.committer.growth_points)
 
     def _need_devices(self) -> Devices:
         if self.devices is None:

@@ -254,9 +254,15 @@ def _delete_others(store: QdrantStore, physical: str, source: str, kept: Mapping
 
 
 def _delete_documents(store: QdrantStore, inspection: Inspection, gone: list[LedgerRecord]) -> None:
-    """Points first, their records after: killed in between, the next run finds the record and deletes again."""
+    """Points first, their records after: killed in between, the next run finds the record and deletes again.
+
+    The record says "pending" meanwhile: a document that comes back as it was must not be taken for unchanged.
+    """
     ledger = store.ledger(inspection.physical)
+    now = datetime.now(UTC).isoformat(timespec="seconds")
     for start in range(0, len(gone), DOCUMENTS_AT_ONCE):
-        doc_ids = [record.doc_id for record in gone[start : start + DOCUMENTS_AT_ONCE]]
+        some = gone[start : start + DOCUMENTS_AT_ONCE]
+        doc_ids = [record.doc_id for record in some]
+        ledger.write([to_pending(record, record.source, record.doc_id, record.content_hash, now) for record in some])
         store.delete_documents(inspection.physical, inspection.source, doc_ids)
         ledger.remove(inspection.source, doc_ids)

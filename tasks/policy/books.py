@@ -62,13 +62,18 @@ class Ledgerbook:
         if is_parked:
             self._parked.add(rejection.doc_id)
 
-    def commit_document(self, doc_id: str, counted: int) -> bool:
+    def check_count(self, doc_id: str, counted: int) -> bool:
         """Whether Qdrant counts as many points of it as it has nodes; only then it may be committed."""
-        entry = self._entries[doc_id]
-        entry.is_committed = counted == entry.planned
-        if not entry.is_committed:
-            self._miscounted[doc_id] = counted
-        return entry.is_committed
+        if counted == self._entries[doc_id].planned:
+            self._miscounted.pop(doc_id, None)
+            return True
+        self._miscounted[doc_id] = counted
+        return False
+
+    def commit_documents(self, doc_ids: Iterable[str]) -> None:
+        """Their records are in the ledger: not before."""
+        for doc_id in doc_ids:
+            self._entries[doc_id].is_committed = True
 
     def _is_known(self, doc_id: str) -> bool:
         return doc_id in self._entries or doc_id in self._unchanged or doc_id in self._rejections
@@ -111,10 +116,13 @@ class Ledgerbook:
         if entry.is_whole:
             self._whole.append(doc_id)
 
-    def take_whole(self, limit: int) -> list[str]:
-        """At most `limit` documents whose last node has been stored or found, each handed out once: ready to commit."""
-        taken, self._whole = self._whole[:limit], self._whole[limit:]
-        return taken
+    def list_whole(self, limit: int) -> list[str]:
+        """At most `limit` documents whose last node has been stored or found: ready to commit."""
+        return self._whole[:limit]
+
+    def forget_whole(self, doc_ids: Sequence[str]) -> None:
+        """What list_whole() said first has been dealt with. An error before it leaves them to the next try."""
+        self._whole = self._whole[len(doc_ids) :]
 
     @property
     def nodes_reused(self) -> int:
@@ -125,10 +133,17 @@ class Ledgerbook:
 
     # ------------------------------------------------------------------------------------------ the end
 
-    def close(self, points_counted: int, points_expected: int) -> tuple[Books, tuple[str, ...]]:
+    def _should_be_done(self, doc_id: str) -> bool:
+        entry = self._entries.get(doc_id)
+        return doc_id in self._unchanged or (entry is not None and entry.is_committed)
+
+    def close(
+        self, points_counted: int, points_expected: int, *, pending: Sequence[str] = ()
+    ) -> tuple[Books, tuple[str, ...]]:
         """The books, and what is off: one line a discrepancy, none when they close.
 
         points_counted: what Qdrant has of the source's committed documents; points_expected: what the ledger has.
+        pending: documents of the source that the ledger still has as begun and not committed.
         """
         written = unchanged = 0
         open_documents: list[str] = []
@@ -167,6 +182,9 @@ class Ledgerbook:
         return books, (
             *check_books(books),
             *_list_some("document not whole", open_documents),
+            *_list_some(
+                "document pending in the ledger", [doc_id for doc_id in pending if self._should_be_done(doc_id)]
+            ),
             *_list_some("document seen twice", self._duplicates),
             *_check_points(points_counted, points_expected),
         )

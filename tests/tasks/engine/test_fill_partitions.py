@@ -58,6 +58,9 @@ class Committer:
     def begin(self, doc_ids: Iterable[str]) -> None:
         self.begun.extend(doc_ids)
 
+    def commit_whole(self, *, at_least: int) -> None:
+        pass
+
     def judge(self, rejection: Rejection, record: LedgerRecord | None) -> tuple[Rejection, bool]:
         return rejection, record is not None
 
@@ -85,8 +88,7 @@ def test_stored_nodes_keep_their_vectors_and_changed_documents_their_payloads_re
     assert [committer.opened["same"], committer.opened["edited"]] == [None, LedgerRecord("s", "edited", "done", "h")]
     books.store_nodes(["edited"])
     books.nodes_cpu = 1
-    for doc_id in books.take_whole(10):
-        books.commit_document(doc_id, 2)
+    books.commit_documents(books.list_whole(10))
     closed, off = books.close(4, 4)
     assert off == ()
     assert (closed.documents_unchanged, closed.documents_written, closed.documents_failed) == (1, 1, 1)

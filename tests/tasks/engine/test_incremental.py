@@ -22,7 +22,7 @@ from tasks.engine.devices import Devices
 from tasks.engine.embed_nodes import NodeEmbedder
 from tasks.engine.embedded import EmbedSettings
 from tasks.engine.ingest_run import IngestRun, open_run
-from tasks.errors import StoreLocked, StoreMismatch
+from tasks.errors import StoreLocked, StoreMismatch, StoreUnavailable
 from tasks.observe import Observer
 from tasks.policy.failures import classify_failure
 from tasks.policy.memory_fit import start_fit
@@ -110,7 +110,10 @@ class Ballast:
                 self.embedded += run.embed_partition(partition).nodes
                 if before_commit is not None:
                     before_commit(run)
-                run.upsert_partition(partition)
+                try:
+                    run.upsert_partition(partition)
+                except StoreUnavailable:
+                    run.upsert_partition(partition)  # as Prefect repeats the task
             run.settle()
             return run.close_books()
         finally:
@@ -340,6 +343,61 @@ def test_who_does_not_want_a_rebuild_can_refuse_it(ballast: Ballast) -> None:
         ballast.run(chunking={"max_tokens": 64}, qdrant={"on_change": "refuse"})
 
 
+def test_a_source_that_is_not_whole_in_the_new_collection_holds_the_switch_back(
+    ballast: Ballast, tmp_path: Path
+) -> None:
+    east, west = tmp_path / "east", tmp_path / "west"
+    write_document(east, "a.txt")
+    for number in range(4):
+        write_document(west, f"{number}.txt", 30)
+    old = closed(ballast.run(east))
+    closed(ballast.run(west))
+    changed = {"chunking": {"max_tokens": 64}, "partition": {"max_tokens": 600}}
+
+    def stop_at_second(run: IngestRun) -> None:
+        if len(run.reports) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ballast.run(west, before_commit=stop_at_second, **changed)
+    held_back = closed(ballast.run(east, **changed))
+    assert f"stays {old.physical_collection} for now: it has documents of {west}" in held_back.notes[-1]
+    assert len(ballast.documents()) == 5
+    switched = closed(ballast.run(west, **changed))
+    assert f"is {switched.physical_collection} now" in switched.notes[-1]
+    assert len(ballast.documents()) == 5
+
+
+def test_going_back_to_old_settings_waits_until_the_old_collection_is_as_new(ballast: Ballast, tmp_path: Path) -> None:
+    east, west = tmp_path / "east", tmp_path / "west"
+    write_document(east, "a.txt")
+    write_document(west, "b.txt")
+    changed = {"chunking": {"max_tokens": 64}}
+    for groups in ({}, changed):
+        closed(ballast.run(east, **groups))
+        new = closed(ballast.run(west, **groups))
+    write_document(west, "new.txt")
+    closed(ballast.run(west, **changed))
+    back = closed(ballast.run(east))
+    assert f"stays {new.physical_collection} for now: it has documents of {west}" in back.notes[-1]
+    assert ballast.documents() == {"a.txt", "b.txt", "new.txt"}
+
+
+def test_a_short_listing_does_not_empty_a_collection_by_way_of_a_rebuild(ballast: Ballast) -> None:
+    for number in range(30):
+        write_document(ballast.docs, f"{number:02}.txt", 1)
+    old = closed(ballast.run())
+    for number in range(12):
+        (ballast.docs / f"{number:02}.txt").unlink()
+    changed = {"chunking": {"max_tokens": 64}}
+    withheld = closed(ballast.run(**changed))
+    assert withheld.books.documents_withheld == 12
+    assert f"stays {old.physical_collection} for now: 12 documents of 30" in withheld.notes[-1]
+    assert len(ballast.documents()) == 30
+    closed(ballast.run(**changed, deletes={"confirmed": True}))
+    assert len(ballast.documents()) == 18
+
+
 # ------------------------------------------------------------------------------------------ failures
 
 
@@ -403,6 +461,56 @@ def test_a_change_taken_back_while_it_was_half_written_leaves_what_was_there_fir
     assert ballast.look()[0] == before
 
 
+@pytest.mark.parametrize("step", ["count_generations", "delete_other_generations", "ledger"])
+def test_a_commit_that_an_outage_cuts_off_is_taken_up_again(
+    ballast: Ballast, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """Longer than the task waits: Prefect repeats the task, and whatever the outage left out must still be done."""
+    monkeypatch.setattr("tasks.engine.ingest_run.UPSERT_PATIENCE_S", 0.0)
+    write_document(ballast.docs, "a.txt", 40)
+    closed(ballast.run())
+    write_document(ballast.docs, "a.txt", 40, p3="Another third paragraph, about tugs and their lines.")
+
+    def fail_once(run: IngestRun) -> None:
+        owner: Any = run.collection.ledger if step == "ledger" else run.collection.store
+        name = "write" if step == "ledger" else step
+        request, failed = getattr(owner, name), []
+
+        def send(*arguments: Any) -> Any:
+            is_commit = step != "ledger" or arguments[0][0].status == "done"
+            if is_commit and not failed:
+                failed.append(step)
+                raise StoreUnavailable("Qdrant is away")
+            return request(*arguments)
+
+        setattr(owner, name, send)
+
+    closed(ballast.run(before_commit=fail_once))
+    points, records = ballast.look()
+    record = records[str(ballast.docs), "a.txt"]
+    assert (record.status, record.is_partial) == ("done", False)
+    assert {generation for _, _, generation in points.values()} == {record.generation}
+    assert len(points) == record.nodes
+
+
+def test_an_outage_at_the_end_is_waited_for(ballast: Ballast) -> None:
+    write_document(ballast.docs, "a.txt")
+
+    def fail_once(run: IngestRun) -> None:
+        ledger: Any = run.collection.ledger
+        scroll, failed = ledger.scroll, []
+
+        def send(source: str | None = None) -> Any:
+            if not failed:
+                failed.append(source)
+                raise StoreUnavailable("Qdrant is away")
+            return scroll(source)
+
+        ledger.scroll = send
+
+    assert closed(ballast.run(before_commit=fail_once)).books.points_counted == 3
+
+
 def test_a_document_that_left_while_it_was_half_written_leaves_no_point(ballast: Ballast) -> None:
     write_document(ballast.docs, "stays.txt")
     write_document(ballast.docs, "zz.txt", 120)
@@ -419,6 +527,34 @@ def test_a_document_that_left_while_it_was_half_written_leaves_no_point(ballast:
     assert summary.books.documents_deleted == 1
     assert ballast.documents() == {"stays.txt"}
     assert set(ballast.look()[1]) == {(str(ballast.docs), "stays.txt")}
+
+
+def test_a_lost_ledger_is_written_again_without_embedding_anything(ballast: Ballast) -> None:
+    for number in range(3):
+        write_document(ballast.docs, f"{number}.txt")
+    closed(ballast.run())
+    before = ballast.look()[0]
+    store = ballast.open_store()
+    records = [each for page in store.ledger(ballast.find_live(store)).scroll() for each in page]
+    store.ledger(ballast.find_live(store)).remove(str(ballast.docs), [each.doc_id for each in records])
+    store.close()
+    summary = closed(ballast.run())
+    assert (summary.books.documents_unchanged, ballast.embedded) == (3, 0)
+    assert ballast.look()[0] == before
+    assert {each.status for each in ballast.look()[1].values()} == {"done"}
+
+
+def test_edits_in_a_collection_above_half_of_its_limit_find_room(
+    ballast: Ballast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(20):
+        write_document(ballast.docs, f"{number:02}.txt", 3)
+    closed(ballast.run(partition={"max_tokens": 400}))
+    monkeypatch.setattr("tasks.backends.qdrant.EMBEDDED_MAX_POINTS", 90)  # of 60 points
+    for number in range(20):
+        texts = {f"p{place}": f"Other text {place} of ship {number}, which waits for the tide." for place in range(3)}
+        write_document(ballast.docs, f"{number:02}.txt", 3, **texts)
+    assert closed(ballast.run(partition={"max_tokens": 400})).books.documents_written == 20
 
 
 def test_points_deleted_by_hand_open_the_books_of_a_run_that_had_nothing_to_do(ballast: Ballast) -> None:

@@ -26,7 +26,11 @@ APART = ("points_counted", "documents_deleted", "documents_withheld")
 
 def commit_whole(book: Ledgerbook, nodes: dict[str, int]) -> list[str]:
     """Commit what is whole; `nodes`: how many points Qdrant counts of each document."""
-    return [doc_id for doc_id in book.take_whole(1000) if book.commit_document(doc_id, nodes[doc_id])]
+    whole = book.list_whole(1000)
+    good = [doc_id for doc_id in whole if book.check_count(doc_id, nodes[doc_id])]
+    book.commit_documents(good)
+    book.forget_whole(whole)
+    return good
 
 
 def test_closed_books_have_nothing_off() -> None:
@@ -65,7 +69,7 @@ def test_a_node_that_never_arrived_is_named() -> None:
     book.plan_document("a.md", 3)
     book.store_nodes(["a.md", "a.md"])
     book.nodes_gpu = 2
-    assert book.take_whole(10) == []
+    assert book.list_whole(10) == []
     _, off = book.close(2, 2)
     assert any(line.startswith("documents:") for line in off)
     assert any(line.startswith("nodes: 3 planned, but 2 GPU") for line in off)
@@ -99,12 +103,32 @@ def test_points_missing_from_documents_that_were_not_looked_at_are_noticed() -> 
     assert off[0].startswith("points: Qdrant counts 9 of this source's committed documents, the ledger has 10")
 
 
-def test_whole_documents_are_handed_out_once() -> None:
+def test_whole_documents_are_said_until_they_are_dealt_with() -> None:
     book = Ledgerbook()
     for name in "abc":
         book.plan_document(name, 1)
     book.store_nodes("abc")
-    assert [book.take_whole(2), book.take_whole(2), book.take_whole(2)] == [["a", "b"], ["c"], []]
+    assert book.list_whole(2) == book.list_whole(2) == ["a", "b"]
+    book.forget_whole(["a", "b"])
+    assert book.list_whole(2) == ["c"]
+
+
+def test_a_miscount_that_a_second_count_mends_is_forgotten() -> None:
+    book = Ledgerbook()
+    book.plan_document("a.md", 2)
+    book.store_nodes(["a.md", "a.md"])
+    book.nodes_gpu = 2
+    assert not book.check_count("a.md", 1)
+    assert commit_whole(book, {"a.md": 2}) == ["a.md"]
+    assert book.close(2, 2)[1] == ()
+
+
+def test_a_document_that_the_ledger_still_has_as_pending_is_off() -> None:
+    book = Ledgerbook()
+    book.skip_unchanged("a.md")
+    book.reject(Rejection("b.md", "failed", "embed", "does not fit"))
+    _, off = book.close(0, 0, pending=["a.md", "b.md"])
+    assert off == ("document pending in the ledger: a.md",)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +155,7 @@ def test_a_failed_node_fails_its_document_with_its_reason() -> None:
     book.store_nodes(["a.md"])
     book.fail_nodes(["a.md"], "needs 9.1 GiB alone")
     book.nodes_cpu = 1
-    assert book.take_whole(10) == []
+    assert book.list_whole(10) == []
     books, off = book.close(0, 0)
     assert off == ()
     assert (books.documents_failed, books.nodes_failed, books.documents_written) == (1, 1, 0)
