@@ -83,19 +83,22 @@ def to_failed(
 ) -> LedgerRecord:
     """One more run that could not use this content; what was committed before stays committed and findable.
 
-    `is_partial`: this run has touched the document's points. Parked once the attempts reach `max_attempts`, unless the
-    rejection covers more than itself: a folder that can't be listed must never turn into a run that looks fine.
+    `is_partial`: this run has touched the document's points. Parked once the attempts reach `max_attempts`, unless that
+    would make a run look fine that is not: where the rejection covers more than itself (a folder that can't be listed),
+    and where points of an uncommitted generation may be stored, now or since an earlier run.
     """
-    is_same = record is not None and record.status != "done" and record.content_hash == rejection.content_hash
-    attempts = (record.attempts if record and is_same else 0) + 1
-    is_parked = attempts >= max_attempts and rejection.covers is None
+    attempts = 1
+    if record and record.status != "done" and _is_same_failure(record, rejection.content_hash, rejection.reason):
+        attempts = record.attempts + 1
     before = record or LedgerRecord(source, rejection.doc_id, "failed", "")
+    # What an earlier run left half written stays so until a commit.
+    is_partial = before.is_partial or is_partial
+    is_parked = attempts >= max_attempts and rejection.covers is None and not is_partial
     return replace(
         before,
         status="parked" if is_parked else "failed",
         content_hash=rejection.content_hash,
-        # What an earlier run left half written stays so until a commit.
-        is_partial=before.is_partial or is_partial,
+        is_partial=is_partial,
         attempts=attempts,
         stage=rejection.stage,
         reason=rejection.reason,

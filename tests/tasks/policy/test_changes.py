@@ -38,10 +38,8 @@ def make_chunked(content_hash: str) -> ChunkedDocument:
         (make_record("pending"), "b", "resume"),
         (make_record("failed", attempts=1), "a", "retry"),
         (make_record("failed", attempts=1), "b", "changed"),
-        (make_record("failed", "", attempts=2), "", "retry"),
-        (make_record("failed", "", attempts=9), "", "retry"),  # covers other documents, or it would be parked
         (make_record("parked", attempts=3), "a", "parked"),
-        (make_record("parked", "", attempts=3), "", "parked"),
+        (make_record("parked", "", attempts=3), "", "changed"),  # nothing is known to be equal, not even the reason
         (make_record("parked", attempts=3), "b", "changed"),
         (make_record("parked", "", attempts=3), "a", "changed"),
         (make_record("parked", attempts=2), "a", "retry"),  # source.max_attempts was raised since
@@ -49,6 +47,26 @@ def make_chunked(content_hash: str) -> ChunkedDocument:
 )
 def test_the_decision(record: LedgerRecord | None, content_hash: str, decision: str) -> None:
     assert decide_document(record, content_hash, max_attempts=3) == decision
+
+
+@pytest.mark.parametrize(
+    ("record", "decision"),
+    [
+        (make_record("failed", "", attempts=2, reason="torn"), "retry"),
+        (make_record("failed", "", attempts=9, reason="torn"), "retry"),  # covers others, or it would be parked
+        (make_record("parked", "", attempts=3, reason="torn"), "parked"),
+        (make_record("parked", "", attempts=3, reason="1,001 bytes"), "changed"),
+        (make_record("parked", "a", attempts=3, reason="torn"), "changed"),
+    ],
+)
+def test_without_a_hash_only_what_fails_for_the_same_reason_is_the_same(record: LedgerRecord, decision: str) -> None:
+    assert decide_document(record, "", max_attempts=3, reason="torn") == decision
+
+
+def test_another_reason_without_a_hash_has_its_attempts_before_it() -> None:
+    record = make_record("parked", "", attempts=3, reason="1,001 bytes; the limit is 1,000")
+    assert (fail(record, "").status, fail(record, "").attempts) == ("failed", 1)
+    assert (fail(fail(fail(record, ""), ""), "").status) == "parked"
 
 
 records = st.none() | st.builds(
@@ -109,13 +127,21 @@ def test_the_attempts_go_on_over_the_intent_of_the_next_run() -> None:
     assert to_pending(once, "docs", "guide.md", "b", NOW).attempts == 0
 
 
+def test_a_half_written_document_is_never_parked() -> None:
+    record = to_pending(to_done("docs", make_chunked("a"), NOW), "docs", "guide.md", "b", NOW)
+    for attempts in range(1, 6):
+        record = fail(record, "b")
+        assert (record.status, record.attempts, record.is_partial) == ("failed", attempts, True)
+    assert decide_document(record, "b", max_attempts=3) == "retry"
+
+
 def test_what_covers_more_than_itself_is_never_parked() -> None:
     record: LedgerRecord | None = None
     for _ in range(5):
         record = fail(record, "", covers="sub/")
     assert record is not None
     assert (record.status, record.attempts) == ("failed", 5)
-    assert decide_document(record, "", max_attempts=3) == "retry"
+    assert decide_document(record, "", max_attempts=3, reason="torn") == "retry"
 
 
 steps = st.lists(
@@ -146,5 +172,6 @@ def test_mixed_points_are_never_unchanged(sequence: list[tuple[str, str]], max_a
                 assert not is_mixed
                 assert asked == committed != ""
         assert record is not None
+        assert not (is_mixed and record.status == "parked")  # the run would be green, with both versions found
         assert record.has_points or not is_mixed
         assert (record.generation == "") == (not committed and record.nodes == 0)
