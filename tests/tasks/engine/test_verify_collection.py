@@ -22,6 +22,7 @@ from qdrant_client import QdrantClient, models
 
 from tasks.backends.fake_encoder import GIB, FakeEncoder
 from tasks.backends.qdrant import QdrantStore, open_store
+from tasks.backends.qdrant_ledger import Ledger
 from tasks.config import IngestSettings, QdrantSettings
 from tasks.engine.devices import Devices
 from tasks.engine.embed_nodes import NodeEmbedder
@@ -352,6 +353,27 @@ def test_a_document_that_another_run_writes_meanwhile_is_left_alone(harbour: Har
     before = harbour.read_points(), harbour.read_ledger()
     mended = repair_collection(harbour.settings(), found, environment={})
     assert "written meanwhile" in mended.notes[0]
+    assert (harbour.read_points(), harbour.read_ledger()) == before
+    assert harbour.verify().is_clean
+
+
+def test_a_document_comes_back_after_a_repair_that_was_killed_while_it_deleted_it(
+    harbour: Harbour, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = harbour.read_points(), harbour.read_ledger()
+    content = (harbour.docs / "01.txt").read_text()
+    (harbour.docs / "01.txt").unlink()
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Ledger, "remove", die)
+        with pytest.raises(KeyboardInterrupt):
+            harbour.verify(repair=True)
+    assert ids_of(harbour, "01.txt") == []
+    (harbour.docs / "01.txt").write_text(content)
+    assert harbour.ingest() > 0
     assert (harbour.read_points(), harbour.read_ledger()) == before
     assert harbour.verify().is_clean
 
