@@ -42,11 +42,6 @@ def compute_nodes_digest(node_ids: Iterable[str]) -> str:
     return f"{digest:032x}"
 
 
-def combine_nodes_digests(one: str, other: str) -> str:
-    """The digest of two sets without a common id, from the digest of each; empty stands for no ids."""
-    return f"{int(one or '0', 16) ^ int(other or '0', 16):032x}"
-
-
 def compute_fingerprint(parts: Mapping[str, Any]) -> str:
     """sha256 (hex) of everything that decides a vector: model revision, precision, pooling, chunker, tokenizer, ...
 
@@ -62,11 +57,6 @@ def compute_generation(fingerprint: str, source: str, doc_id: str, text: str, me
     All metadata counts, embedded or not: the points carry it. Raises ValueError for a value without a stable encoding.
     """
     return hashlib.sha256(_encode([fingerprint, source, doc_id, text, metadata])).hexdigest()
-
-
-def compute_content_hash(text: str, metadata: Mapping[str, Any]) -> str:
-    """sha256 (hex) of a document that has no file of its own: a row of a table."""
-    return hashlib.sha256(_encode([text, metadata])).hexdigest()
 
 
 def _encode(value: Any) -> bytes:

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.policy.identity import (
-    combine_nodes_digests,
     compute_fingerprint,
     compute_generation,
     compute_node_id,
@@ -108,13 +107,7 @@ def test_a_value_without_a_stable_encoding_is_refused() -> None:
 @settings(deadline=None)
 def test_the_digest_of_a_set_of_ids_depends_on_nothing_else(ids: list[uuid.UUID], data: st.DataObject) -> None:
     names = [str(each) for each in ids]
-    cut = data.draw(st.integers(0, len(names)))
     whole = compute_nodes_digest(names)
     assert compute_nodes_digest(data.draw(st.permutations(names))) == whole
-    assert combine_nodes_digests(compute_nodes_digest(names[:cut]), compute_nodes_digest(names[cut:])) == whole
     if names:
         assert compute_nodes_digest(names[1:]) != whole
-
-
-def test_no_ids_have_a_digest_too() -> None:
-    assert combine_nodes_digests("", compute_nodes_digest([])) == compute_nodes_digest([])
