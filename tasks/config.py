@@ -20,7 +20,10 @@ class Settings(BaseModel):
 class SourceSettings(Settings):
     """Where the documents are."""
 
-    uri: str = Field(description="A file, a folder, a glob, or an fsspec URL (s3://..., memory://...).")
+    uri: str = Field(
+        description="A file, a folder, a glob, or an fsspec URL (s3://..., memory://...). One with a password is refused; a "
+        "signed one is kept, signature and all, in the run's parameters."
+    )
     name: str | None = Field(
         None,
         description="What tells this source's documents from those of other sources in the collection; unset: the URI, made "
@@ -170,7 +173,7 @@ class QdrantSettings(Settings):
     grpc_port: Annotated[int, Field(gt=0, le=65_535)] = Field(6334, description="The server's gRPC port.")
     outage_s: Annotated[float, Field(ge=0)] = Field(
         3600.0,
-        description="How long a run waits for a Qdrant that went away before it ends red; embedding goes on into the spool.",
+        description="How long a run waits for a Qdrant that went away before it ends red; what is chunked is embedded meanwhile.",
     )
     on_change: Literal["rebuild", "refuse"] = Field(
         "rebuild",
