@@ -30,7 +30,10 @@ class Operations:
 
     def load_flow(self) -> Any:
         from flows.ingest import ingest as ingest_flow
+        from tasks.prepare import load_libraries
 
+        load_libraries()
+        ingest_flow.serialize_parameters({})  # Prefect imports FastAPI for it, at the first run
         return ingest_flow
 
     def verify(self, settings: IngestSettings, observer: RunObserver, *, with_source: bool, repair: bool) -> bool:
@@ -60,12 +63,12 @@ class Operations:
         return list_failures(qdrant, data_folder, retry=retry)
 
     def list_collections(
-        self, qdrant: QdrantSettings, data_folder: str, *, name: str | None, drop_old: bool
+        self, qdrant: QdrantSettings, data_folder: str, *, spool: str | None, name: str | None, drop_old: bool
     ) -> Sequence[CollectionState]:
         from tasks.engine.stored_state import drop_old_collections, list_collections
 
         if drop_old and name is not None:
-            drop_old_collections(qdrant, data_folder, name)
+            drop_old_collections(qdrant, data_folder, name, spool=spool)
         return list_collections(qdrant, data_folder, name)
 
     def plan(self, settings: IngestSettings, gpu_memory_bytes: int | None) -> PlanReport:

@@ -5,8 +5,17 @@ from __future__ import annotations
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from tasks.backends.qdrant_connection import load_client
 from tasks.config import IngestSettings
 from tasks.engine.ingest_run import IngestRun, open_run
+
+
+def load_libraries() -> None:
+    """What every run imports before its first document, while there is something to wait for. No torch, no LlamaIndex."""
+    import prefect.flow_engine
+    import prefect.task_engine  # noqa: F401  Prefect itself imports them at the first run
+
+    load_client()
 
 
 @task(name="prepare", cache_policy=NO_CACHE, persist_result=False)

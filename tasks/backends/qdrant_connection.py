@@ -98,6 +98,12 @@ def read_api_key(environment: Mapping[str, str]) -> str | None:
     return api_key or None
 
 
+def load_client() -> None:
+    """Import what any connection needs: a second of CPU, for which there is time while something else starts."""
+    import portalocker  # noqa: F401
+    import qdrant_client  # noqa: F401
+
+
 def open_embedded(folder: Path) -> QdrantClient:
     """The embedded Qdrant in `folder`, made if it is not there. Raises StoreLocked where another process has it."""
     from qdrant_client import QdrantClient

@@ -167,6 +167,24 @@ def test_a_folder_s_revision_is_its_content(tmp_path: Path) -> None:
     assert resolve_model(str(one)).revision != revision
 
 
+def test_a_folder_is_read_once_in_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_model(tmp_path / "one")
+    opened = []
+    open_path = Path.open
+
+    def count(path: Path, *args: Any, **kwargs: Any) -> Any:
+        opened.append(path.name)
+        return open_path(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", count)
+    revision = resolve_model(str(folder)).revision
+    assert resolve_model(str(folder)).revision == revision
+    assert opened.count("model.safetensors") == 1
+    (folder / "model.safetensors").write_bytes(b"other weights")
+    assert resolve_model(str(folder)).revision != revision
+
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
