@@ -166,7 +166,7 @@ def collections(
         is_named = "collection" in settings.qdrant.model_fields_set
         name = settings.qdrant.collection if is_named or drop_old else None
         found = context.ensure_object(Operations).list_collections(
-            settings.qdrant, settings.data_folder, name=name, drop_old=drop_old
+            settings.qdrant, settings.data_folder, spool=settings.spool, name=name, drop_old=drop_old
         )
         if json:
             terminal.print_json(to_json_ready(found))

@@ -68,7 +68,7 @@ class Operations:
         from tasks.engine.stored_state import drop_old_collections, list_collections
 
         if drop_old and name is not None:
-            drop_old_collections(qdrant, data_folder, name, spool=spool)
+            return drop_old_collections(qdrant, data_folder, name, spool=spool)
         return list_collections(qdrant, data_folder, name)
 
     def plan(self, settings: IngestSettings, gpu_memory_bytes: int | None) -> PlanReport:

@@ -147,6 +147,10 @@ class QdrantStore:
         """Let `name` stand for `physical` from now on, in one step for its readers. Repeatable."""
         self._catalog.switch(name, physical)
 
+    def list_our_names(self) -> list[str]:
+        """The names of all collections that Ballast made, also of those that no alias points to."""
+        return self._catalog.list_our_names()
+
     def list_physical(self, name: str) -> list[CollectionState]:
         """The physical collections of a name, the live one first; empty where there are none."""
         return self._catalog.list_physical(name)

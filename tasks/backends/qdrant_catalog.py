@@ -62,6 +62,12 @@ class Catalog:
         aliases, collections = self.aliases(), self.collections()
         return sorted(set(aliases) | (collections - set(aliases.values()) - find_ledgers(collections)))
 
+    def list_our_names(self) -> list[str]:
+        """The names of our physical collections, whether an alias points to one of them or not."""
+        collections = self.collections()
+        found = (self._info(each).config.metadata or {} for each in collections - find_ledgers(collections))
+        return sorted({str(metadata.get("collection")) for metadata in found if is_ours(metadata)})
+
     def has(self, name: str) -> bool:
         return name in self.collections() or name in self.aliases()
 

@@ -260,6 +260,39 @@ class SpoolFolder:
             ) from error
 
 
+def clear_spools(url: str, what: str) -> int:
+    """Remove the own files of every spool in the folder `url`; returns how many. One that a run holds is left alone.
+
+    `what` the spools are of, for the log. Raises SpoolError.
+    """
+    import fsspec
+
+    try:
+        files, folder = fsspec.core.url_to_fs(url)
+        files.invalidate_cache(folder)
+        found = [each["name"] for each in files.ls(folder, detail=True) if each["type"] == "directory"]
+    except FileNotFoundError:
+        return 0
+    except (OSError, ValueError, ImportError) as error:
+        raise SpoolError(
+            f"The spools in {url} can't be listed ({type(error).__name__}: {error}). Set `spool` to what it was when "
+            "they were written, or remove that folder by hand."
+        ) from error
+    removed = 0
+    for path in sorted(found):
+        spool = SpoolFolder(f"{url}/{path.rstrip('/').rsplit('/', 1)[-1]}")
+        try:
+            spool.lock(what)
+        except StoreLocked as error:
+            logger.warning("spool not cleared url=%s reason=%r", spool.url, str(error))
+            continue
+        try:
+            removed += spool.clear()
+        finally:
+            spool.unlock()
+    return removed
+
+
 def _to_table(nodes: Sequence[Node]) -> pa.Table:
     import pyarrow as pa
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from tasks.backends.qdrant import QdrantStore
+from tasks.backends.spool import clear_spools
 from tasks.config import QdrantSettings
 from tasks.engine.existing_store import open_existing_store
 from tasks.records import CollectionState, LedgerRecord
@@ -45,28 +46,44 @@ def list_collections(
 ) -> list[CollectionState]:
     """The physical collections of `name`, or of every name; each name's live one first.
 
-    Raises StoreMissing, StoreMismatch, StoreLocked, StoreUnavailable.
+    A physical name stands for that collection alone. Raises StoreMissing, StoreMismatch, StoreLocked, StoreUnavailable.
     """
     with _opened(settings, data_folder, environment) as store:
         if name is not None:
-            store.collection_model(name)
-            return store.list_physical(name)
-        return [state for each in store.list_collections() for state in store.list_physical(each)]
+            return _find(store, name)[1]
+        return [state for each in store.list_our_names() for state in store.list_physical(each)]
 
 
 def drop_old_collections(
-    settings: QdrantSettings, data_folder: str, name: str, *, environment: Mapping[str, str] | None = None
+    settings: QdrantSettings,
+    data_folder: str,
+    name: str,
+    *,
+    spool: str | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> list[CollectionState]:
-    """Drop every physical collection of `name` but the live one, also one that is still being built; returns them.
+    """Drop every physical collection of `name` but the live one, also one that is still being built; returns what is left.
 
-    Raises StoreMissing, StoreMismatch, StoreLocked, StoreUnavailable.
+    What their runs left in the spool (unset: the data folder's) goes, too. A physical name stands for that collection
+    alone. Raises StoreMissing, StoreMismatch, StoreLocked, StoreUnavailable, SpoolError.
     """
     with _opened(settings, data_folder, environment) as store:
-        store.collection_model(name)
-        old = [state for state in store.list_physical(name) if not state.is_live]
+        owner, found = _find(store, name)
+        old = [state for state in found if not state.is_live]
         for state in old:
-            store.drop_physical(name, state.physical)
-        return old
+            # The spool first: killed in between, the collection is still listed, and dropping it again completes it.
+            clear_spools(f"{spool or f'{data_folder}/spool'}/{state.physical}", repr(owner))
+            store.drop_physical(owner, state.physical)
+        return [state for state in found if state.is_live]
+
+
+def _find(store: QdrantStore, name: str) -> tuple[str, list[CollectionState]]:
+    """The name meant and its physical collections; of a physical name that has no alias, its own name and it alone."""
+    found = store.list_physical(name)
+    if found:
+        return name, found
+    owner = str(store.collection_model(name).get("collection"))  # or what is wrong with the name
+    return owner, [state for state in store.list_physical(owner) if state.physical == name]
 
 
 @contextmanager

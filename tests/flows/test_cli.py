@@ -111,7 +111,7 @@ class Recorded(Operations):
         return failures
 
     def list_collections(
-        self, qdrant: QdrantSettings, data_folder: str, *, name: str | None, drop_old: bool
+        self, qdrant: QdrantSettings, data_folder: str, *, spool: str | None, name: str | None, drop_old: bool
     ) -> Sequence[CollectionState]:
         states: Sequence[CollectionState] = self._answer(name=name, drop_old=drop_old)
         return states

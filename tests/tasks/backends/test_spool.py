@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.backends.spool import SpoolFolder
+from tasks.backends.spool import SpoolFolder, clear_spools
 from tasks.errors import SpoolError
 from tasks.records import Node, Partition
 
@@ -37,6 +37,33 @@ def write_bytes(spool: SpoolFolder, path: str, content: bytes) -> None:
 
 def read_bytes(spool: SpoolFolder, path: str) -> bytes:
     return spool._files.cat_file(path)
+
+
+def test_all_spools_of_a_folder_are_cleared_of_their_own_files(spool: SpoolFolder) -> None:
+    assert clear_spools(spool.url, "'port'") == 0
+    assert clear_spools(f"{spool.url}/missing", "'port'") == 0
+    parts = [SpoolFolder(f"{spool.url}/{name}") for name in ("one", "other")]
+    beside = spool.write_partition(1, [make_node(1, 5)], 0.5)
+    for part in parts:
+        partition = part.write_partition(1, [make_node(1, 5)], 0.5)
+        part.write_vectors(partition, np.arange(1), np.ones((1, 4), np.float32))
+        write_bytes(part, f"{part._folder}/notes.txt", b"mine")
+    assert clear_spools(spool.url, "'port'") == 4
+    for part in parts:
+        assert part.measure() == 0
+        assert read_bytes(part, f"{part._folder}/notes.txt") == b"mine"
+    assert len(spool.read_partition(beside)) == 1
+
+
+def test_a_spool_that_a_run_holds_is_not_cleared(tmp_path: Path) -> None:
+    held, left = SpoolFolder(f"{tmp_path}/held"), SpoolFolder(f"{tmp_path}/left")
+    for spool in (held, left):
+        spool.write_partition(1, [make_node(1, 5)], 0.5)
+    held.lock("'port'")
+    assert clear_spools(str(tmp_path), "'port'") == 1
+    assert held.measure() > 0
+    held.unlock()
+    assert clear_spools(str(tmp_path), "'port'") == 1
 
 
 def test_nodes_come_back_whole_and_longest_first(spool: SpoolFolder) -> None:
