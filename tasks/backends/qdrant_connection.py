@@ -312,6 +312,7 @@ def _check_lock(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / ".lock").open("a") as lock:
             portalocker.lock(lock, portalocker.LockFlags.EXCLUSIVE | portalocker.LockFlags.NON_BLOCKING)
+            _make_catalog(folder)
             portalocker.unlock(lock)
     except portalocker.exceptions.LockException as error:
         raise _locked(folder) from error
@@ -319,6 +320,20 @@ def _check_lock(folder: Path) -> None:
         raise StoreError(
             f"The data folder {folder} can't be written ({error}). Name another one with --data-folder."
         ) from error
+
+
+def _make_catalog(folder: Path) -> None:
+    """The client's list of collections, whole or not there.
+
+    The client replaces it in one step, but makes the first one in place: left empty by a kill, it would never open again.
+    """
+    from qdrant_client.local.qdrant_local import META_INFO_FILENAME
+
+    catalog = folder / META_INFO_FILENAME
+    if not catalog.exists() or not catalog.stat().st_size:
+        unfinished = catalog.with_suffix(".first")
+        unfinished.write_text('{"collections": {}, "aliases": {}}', encoding="utf-8")
+        unfinished.replace(catalog)
 
 
 def _locked(folder: Path) -> StoreLocked:

@@ -184,6 +184,18 @@ os.kill(os.getpid(), signal.SIGKILL)
     client.close()
 
 
+def test_a_folder_whose_first_opening_was_killed_opens(tmp_path: Path) -> None:
+    """The client writes its list of collections in place the first time: a kill leaves it empty."""
+    (tmp_path / "qdrant").mkdir()
+    (tmp_path / "qdrant" / "meta.json").touch()
+    store = open_store(QdrantSettings(), str(tmp_path), environment={})
+    store.prepare_collection("docs", dimension=4, fingerprint=PRINT_A, model="mini")
+    store.close()
+    again = open_store(QdrantSettings(), str(tmp_path), environment={})
+    assert again.list_collections() == ["docs"]
+    again.close()
+
+
 def test_a_folder_held_by_another_process_says_so(tmp_path: Path) -> None:
     hold = (
         "import sys; from qdrant_client import QdrantClient; "
