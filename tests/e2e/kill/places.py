@@ -16,7 +16,7 @@ from tasks.backends.fake_qdrant_server import LoopbackQdrant
 
 @dataclass(frozen=True)
 class Stored:
-    """All of a Qdrant: physical collection -> point id -> payload and vector, a ledger's without `updated_at`."""
+    """All of a Qdrant: physical collection -> point id -> payload and vector."""
 
     aliases: dict[str, str]
     collections: dict[str, dict[str, tuple[dict[str, Any], NDArray[np.float32]]]]
@@ -56,12 +56,17 @@ def read_stored(client: Any) -> Stored:
         points, _ = client.scroll(name, limit=100_000, with_payload=True, with_vectors=True)
         collections[name] = {
             str(point.id): (
-                {key: value for key, value in point.payload.items() if key != "updated_at"},
+                _without_time(point.payload),
                 np.asarray((point.vector or {}).get("text-dense", ()), np.float32),
             )
             for point in points
         }
     return Stored(aliases, collections)
+
+
+def _without_time(payload: dict[str, Any]) -> dict[str, Any]:
+    """A ledger record has the time of its writing; whether there is one counts, not which."""
+    return {**payload, "updated_at": bool(payload["updated_at"])} if "updated_at" in payload else payload
 
 
 @dataclass

@@ -33,6 +33,7 @@ from run_stages import run_stages
 
 import tasks.engine.chunk
 from tasks.backends.fake_encoder import FakeEncoder
+from tasks.backends.qdrant import QdrantStore
 from tasks.backends.qdrant_calls import CheckedCalls
 from tasks.backends.spool import SpoolFolder
 from tasks.config import IngestSettings
@@ -150,7 +151,7 @@ def watch_stages(mark: Recorder) -> None:
     mark.watch(RunCollection, "make", lambda self: "" if self._is_made else "make collection")
     mark.watch(RunCollection, "write_records", lambda _, records: f"ledger {records[0].status}" if records else "")
     mark.watch(RunCollection, "remove_records", lambda _, doc_ids: "ledger forget" if doc_ids else "")
-    mark.watch(RunCollection, "switch", lambda self, **_: "switch" if self.plan.is_rebuild else "")
+    mark.watch(QdrantStore, "switch_alias", "switch")
     mark.watch(CheckedCalls, "run", name_request)
     # Within one request to an embedded Qdrant.
     mark.watch(CollectionPersistence, "persist", "write a point")
