@@ -97,7 +97,7 @@ def test_a_pipe_gets_plain_lines() -> None:
     )
     assert any(line.startswith("ladder partition=0 step=oom nodes_before=64 nodes_after=32 ") for line in lines)
     assert 'rejected document="a [b].md" status=failed stage=read reason=torn' in lines
-    assert "documents seen=3 unchanged=0 written=1 failed=1 skipped=1" in lines
+    assert "documents seen=3 unchanged=0 written=1 failed=1 skipped=1 deleted=0 withheld=0" in lines
     assert "nodes planned=100 gpu=98 cpu=2 reused=0 failed=0 points_counted=100" in lines
     assert lines[-1].startswith("run collection=docs ")
     assert lines[-1].endswith(" closed=yes")
