@@ -59,7 +59,7 @@ def verify(
     """
     from tasks.json_ready import to_json_ready
     from tasks.observe import observing
-    from tasks.settings import build_settings
+    from tasks.settings import build_settings, has_source
     from tasks.tabulate_state import tabulate_findings, tabulate_verify
 
     terminal = open_terminal(json=json, quiet=quiet)
@@ -83,10 +83,10 @@ def verify(
             },
             needs_source=False,
         )
-        # Without any, build_settings has put the working folder there.
-        has_source = source is not None or settings.source.uri != "."
         with stop_on_ctrl_c(terminal), terminal.watch() as observer, observing(observer):
-            context.ensure_object(Operations).verify(settings, observer, with_source=has_source, repair=repair)
+            context.ensure_object(Operations).verify(
+                settings, observer, with_source=has_source(settings), repair=repair
+            )
         report = observer.verified
         if report is None:
             raise BallastError("The flow ended without its report: see the run in Prefect's UI, or --log-level info.")

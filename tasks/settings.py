@@ -12,9 +12,11 @@ from typing import Any
 
 from pydantic import BaseModel, ByteSize, TypeAdapter, ValidationError
 
-from tasks.config import IngestSettings
+from tasks.config import IngestSettings, SourceSettings
 from tasks.errors import ConfigError
 
+# Known by being this very object: whatever URI stood for it, someone may have given. An empty one is never opened.
+_NO_SOURCE = SourceSettings(uri="")
 SECRET = re.compile(r"key|token(?!s)|secret|password", re.IGNORECASE)
 
 
@@ -44,11 +46,16 @@ def build_settings(
     ):  # a folder named ~ would be a trap: who removes it, removes all
         tree["data_folder"] = os.path.expanduser(tree["data_folder"])  # noqa: PTH111  an unknown user stays as it is
     if not needs_source:
-        tree.setdefault("source", ".")
+        tree.setdefault("source", _NO_SOURCE)
     try:
         return IngestSettings.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(describe_errors(error)) from None
+
+
+def has_source(settings: IngestSettings) -> bool:
+    """Whether flag, override or file gave one; of settings that build_settings made."""
+    return settings.source is not _NO_SOURCE
 
 
 def read_config(path: Path) -> dict[str, Any]:

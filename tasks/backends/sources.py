@@ -8,7 +8,7 @@ import sys
 from array import array
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 from typing import Any, Literal
@@ -16,9 +16,11 @@ from typing import Any, Literal
 from tasks.backends.filesystem import (
     connect,
     explain_io_error,
+    has_password,
     hide_secrets,
     io_errors,
     is_local,
+    is_local_file,
     is_web,
     is_web_refusal,
     remove_secrets,
@@ -40,6 +42,7 @@ _ALIASES = {
     "ndjson": "jsonl",
     "pq": "parquet",
 }
+_ROW_SIGN = re.compile(r"#|:(?=\d+\Z)")  # how tables.py names a row: table#id, or table:line where it has no id
 _HIDDEN = (".", "~$")  # ~$: the lock file an office program leaves beside a document that is open
 
 
@@ -70,7 +73,8 @@ class Source:
 
 
 def open_source(settings: SourceSettings, *, leave_out: Collection[str] = ()) -> Source:
-    """List it. Raises SourceError: not there, not listable, nothing to read in it; ConfigError: format or encoding.
+    """List it. Raises SourceError: not there, not listable, nothing to read in it; ConfigError: format, encoding or
+    a password in the URI.
 
     `leave_out`: local folders that are not part of the source wherever they lie, such as the run's own data folder.
     """
@@ -78,6 +82,12 @@ def open_source(settings: SourceSettings, *, leave_out: Collection[str] = ()) ->
     if not settings.uri.strip():  # Path("") is the working folder: nobody's answer to an unset shell variable
         raise ConfigError("The source is empty. Give a file, a folder, a glob or a URL; . is the working folder.")
     name = hide_secrets(settings.uri)
+    if has_password(settings.uri) and not is_local_file(settings.uri):
+        raise ConfigError(
+            f"The source {name} has a password in it; it is a parameter of the run, and so would be stored and shown. Give it "
+            "by the driver's environment variables (AWS_SECRET_ACCESS_KEY, ...) or by fsspec's: "
+            'FSSPEC_FTP=\'{"username": "...", "password": "..."}\', or a file in ~/.config/fsspec.'
+        )
     fs, path = connect(settings.uri)
     left_out = frozenset(map(os.path.realpath, leave_out)) if is_local(fs) else frozenset()
     # A listing that was cached for the last run would hide what has been added since.
@@ -94,6 +104,7 @@ def open_source(settings: SourceSettings, *, leave_out: Collection[str] = ()) ->
             ) from error
         raise SourceError(f"The source {name} can't be listed: {explain_io_error(error)}") from error
     _refuse_nothing_to_read(name, entries, settings)
+    entries.set_row_names_apart()
     entries.sort()
     return Source(name, _find_key(fs, path, settings), fs, entries, settings)
 
@@ -105,7 +116,7 @@ def _find_key(fs: Any, path: str, settings: SourceSettings) -> str:
     if is_local(fs):
         return os.path.abspath(path).encode(errors="backslashreplace").decode()  # noqa: PTH100  it also takes out ..
     # An archive's own path is the last link of a chain: zip://*.md::docs.zip
-    links = remove_secrets(settings.uri).split("::")
+    links = [remove_secrets(link) for link in settings.uri.split("::")]
     return "::".join(link.rstrip("/") if "://" in link else os.path.abspath(link) for link in links)  # noqa: PTH100
 
 
@@ -157,6 +168,28 @@ class Listed:
         self._prefix = self._prefix or entry.uri.removesuffix(entry.doc_id)
         if f"{self._prefix}{entry.doc_id}" != entry.uri:
             self._uris[row] = entry.uri
+
+    def set_row_names_apart(self) -> None:
+        """What is named as a row of a listed table would be (t.csv#1.md, t.csv:7 beside t.csv) is rejected as ./t.csv#1.md.
+
+        One id for two documents would close no books, and one would delete the other; no path listed begins with "./".
+        """
+        tables = {name for name, place in zip(self._doc_ids, self._formats, strict=True) if FORMATS[place] in TABLES}
+        for row, doc_id in enumerate(self._doc_ids):
+            signs = (sign.start() for sign in _ROW_SIGN.finditer(doc_id))
+            table = next((doc_id[:place] for place in signs if doc_id[:place] in tables), None)
+            if table is None:
+                continue
+            name = self._doc_ids[row] = f"./{doc_id}"
+            if row in self._rejections:
+                self._rejections[row] = replace(self._rejections[row], doc_id=name)
+                continue
+            reason = (
+                f"named as a row of the table {table} would be. Rename it, or take one of the two out of the source"
+            )
+            # Its points may be stored from before the table came: they stay until someone has decided.
+            self._rejections[row] = Rejection(name, "failed", "read", reason, self._sizes[row], covers=doc_id)
+            self._formats[row] = -1
 
     def sort(self) -> None:
         """By the code points of the doc_id: the same on every machine, whatever its locale."""

@@ -419,6 +419,8 @@ def _stop_if_hopeless(rows: Iterator[Document | Rejection], ref: FileRef) -> Ite
         if not isinstance(row, Rejection) or row.status != "failed":
             yield from rows
             return
+        if row.doc_id == ref.doc_id:  # about the file itself: nothing comes after it, and one name is rejected once
+            return
         if number == _HOPELESS_ROWS:
             yield Rejection(
                 ref.doc_id,

@@ -54,12 +54,12 @@ def find_byte_order_mark(head: bytes) -> tuple[str, int] | None:
 
 
 def is_encoding(name: str) -> bool:
-    """Whether Python can decode text by this name."""
+    """Whether Python can decode a file by this name. idna and punycode are for host names, and fail in ways of their own."""
     try:
         "a".encode(name)  # of nothing, Python would not even look the name up
+        return codecs.lookup(name).name not in ("idna", "punycode")
     except (LookupError, ValueError):  # ValueError: a NUL in the name
         return False
-    return True
 
 
 def decode_text(data: bytes, encoding: str) -> str:

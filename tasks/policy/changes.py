@@ -15,9 +15,12 @@ resume: a run began to write this document and did not commit it. retry: the las
 """
 
 
-def decide_document(record: LedgerRecord | None, content_hash: str, *, max_attempts: int) -> Decision:
+def decide_document(
+    record: LedgerRecord | None, content_hash: str, *, max_attempts: int, reason: str | None = None
+) -> Decision:
     """What becomes of a document whose content hashes to `content_hash`; empty: it could not be read, or was not hashed.
 
+    `reason`: why it can't be used this time; of two contents without a hash, only those are the same that fail for the same.
     "unchanged" only where it is committed and nothing was written since. A `failed` record is retried whatever its attempts
     are: to_failed() parks it when they are used up, and what may hide other documents is never parked.
     """
@@ -30,9 +33,14 @@ def decide_document(record: LedgerRecord | None, content_hash: str, *, max_attem
             return "resume"
         # Two documents that could not be hashed are not the same one.
         return "unchanged" if content_hash and content_hash == record.content_hash else "changed"
-    if content_hash != record.content_hash:
+    if not _is_same_failure(record, content_hash, reason):
         return "changed"
     return "parked" if record.status == "parked" and record.attempts >= max_attempts else "retry"
+
+
+def _is_same_failure(record: LedgerRecord, content_hash: str, reason: str | None) -> bool:
+    # Contents without a hash may differ: they count as one only while they fail for one reason.
+    return content_hash == record.content_hash and (content_hash != "" or reason == record.reason)
 
 
 def needs_hash(record: LedgerRecord | None) -> bool:

@@ -337,7 +337,7 @@ def test_search_prints_hits_and_says_by_its_code_if_there_is_none() -> None:
     assert "Nothing found" in ballast("search", "how to install", operations=Recorded([])).stderr
 
 
-def test_verify_says_what_is_off_and_by_its_code_whether_anything_is() -> None:
+def test_verify_says_what_is_off_and_by_its_code_whether_anything_is(tmp_path: Path) -> None:
     clean = Recorded(CLEAN)
     result = ballast("verify", "docs", "--source-name", "handbook", operations=clean)
     assert result.exit_code == 0
@@ -345,6 +345,12 @@ def test_verify_says_what_is_off_and_by_its_code_whether_anything_is() -> None:
     assert clean.settings is not None
     assert (clean.settings.source.uri, clean.settings.source.name) == ("docs", "handbook")
     assert "verify collection=docs documents=2 points=6 parked=0 found=0 repaired=0 left=0" in result.stdout
+
+    for config, with_source in (('source = "."', True), ('[source]\nuri = "."', True), ("", False)):
+        (tmp_path / "ballast.toml").write_text(config)
+        asked = Recorded(CLEAN)
+        ballast("verify", "--config", str(tmp_path / "ballast.toml"), operations=asked)
+        assert asked.calls == [{"with_source": with_source, "repair": False}]
 
     report = replace(CLEAN, found=[FINDING, FINDING], repaired=[FINDING], left=[FINDING], notes=["deletes withheld"])
     operations = Recorded(report, is_green=False)

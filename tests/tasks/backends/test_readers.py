@@ -5,10 +5,12 @@ from __future__ import annotations
 import codecs
 import io
 import os
+import sys
 import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import docx
 import fsspec
@@ -16,6 +18,7 @@ import pypdf
 import pytest
 from reportlab.pdfgen.canvas import Canvas
 
+from tasks.backends import readers
 from tasks.backends.processes import spawn_pool
 from tasks.backends.readers import hash_content, read_file
 from tasks.config import SourceSettings
@@ -444,3 +447,102 @@ def test_a_remote_file_has_the_hash_of_a_local_one(tmp_path: Path) -> None:
         assert hash_content(ref, SourceSettings(uri="memory://hashed")) == hash_file(tmp_path / "a.md")
     finally:
         fs.rm("/hashed", recursive=True)
+
+
+# ---------------------------------------------------------------------------------------------- what parsers raise
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "!!timestamp foo",
+        "!!int ''",
+        "!!bool foo",
+        "!!float ''",
+        "!!binary é",
+        "2026-13-45",
+        "0001-01-01 00:00:00+10:00",
+    ],
+)
+def test_front_matter_that_yaml_stumbles_over_stays_text(tmp_path: Path, value: str) -> None:
+    result = document(read_bytes(tmp_path, "a.md", f"---\ntitle: T\nx: {value}\n---\n# Guide\n\nText.".encode()))
+    assert result.text.endswith("# Guide\n\nText.")
+
+
+def test_front_matter_may_have_a_number_for_a_key_that_python_does_not_write(tmp_path: Path) -> None:
+    data = b"---\n? 0x" + b"f" * 5000 + b"\n: 1\n---\nText."
+    assert document(read_bytes(tmp_path, "a.md", data)).text == "Text."
+
+
+@pytest.mark.parametrize("number", ["²", "9" * 5000, "½", "-1", ""])
+def test_html_with_numbers_that_are_none_keeps_its_text(tmp_path: Path, number: str) -> None:
+    page = f"<ol start='{number}'><li>one</ol><table><tr><th colspan='{number}'>two<tr><td colspan='{number}'>three</table>"
+    text = document(read_bytes(tmp_path, "a.html", page.encode())).text
+    assert all(word in text for word in ("one", "two", "three"))
+
+
+@pytest.mark.parametrize("charset", ["punycode", "idna", "undefined", "base64", "unicode_escape"])
+def test_html_may_declare_any_charset(tmp_path: Path, charset: str) -> None:
+    page = f"<meta charset='{charset}'><p>xn--a \\x and -é".encode()
+    assert isinstance(read_bytes(tmp_path, "a.html", page), Document | Rejection)
+
+
+def test_a_file_for_which_memory_does_not_do_is_a_rejection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def parse(data: bytes, settings: SourceSettings) -> None:
+        bytearray(sys.maxsize)
+
+    monkeypatch.setitem(readers._PARSERS, "txt", parse)
+    result = rejection(read_bytes(tmp_path, "a.txt", b"text"))
+    assert "memory" in result.reason
+    assert result.content_hash
+
+
+_MARKDOWN = (
+    b"---\ntitle: a\nd: !!timestamp 2001-01-01 00:00:00\nx: !!int 3\ny: !!bool yes\nl: [1, ~]\n&a k: *a\n---\n# H\n\nT"
+)
+_PAGE = (
+    b"<html><head><meta charset='utf-8'><title>T</title></head><body><h1>H</h1><ol start='3'><li>a</ol><table><tr>"
+    b"<th colspan='2'>h</th></tr><tr><td colspan='3'>x</td></tr></table><pre><code class='l'>x</code></pre></body></html>"
+)
+_WORDS = {
+    "md": ["!!timestamp ", "!!int ", "!!bool ", "!!float ", "!!binary ", "!!set ", "''", "*a", "<<: ", "? ", "0x", "²"],
+    "html": ["²", "9" * 5000, "<table>", "<td colspan=²>", "<ol start=²>", "<h99>", "<![CDATA[", "<!--", "&#x110000;", "</"],
+    "txt": ["\x00", "\ufeff"],
+    "pdf": ["<<", ">>", "[", "9" * 30, "-1", "null", "/Kids", "endobj", "/Filter/FlateDecode"],
+    "docx": ["<w:p>", "</w:p>", "&x;", "<!DOCTYPE x [", "]]>", "²"],
+}  # fmt: skip
+
+
+def damage(data: bytes, words: list[str], random: Random) -> bytes:
+    changed = bytearray(data)
+    for _ in range(random.randint(1, 4)):
+        start = random.randrange(len(changed) + 1)
+        end = start + random.randint(0, 20)
+        word = random.choice(words).encode()
+        changed[start:end] = random.choice([b"", word, changed[start:end] * 2, bytes([random.randrange(256)])])
+    return bytes(changed)
+
+
+def damage_docx(data: bytes, random: Random) -> bytes:
+    """Half of them as a file, half of them as what is packed in it."""
+    if random.random() < 0.5:
+        return damage(data, _WORDS["docx"], random)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as whole, zipfile.ZipFile(buffer, "w") as archive:
+        for name in whole.namelist():
+            is_changed = name in ("word/document.xml", "docProps/core.xml") and random.random() < 0.7
+            content = whole.read(name)
+            archive.writestr(name, damage(content, _WORDS["docx"], random) if is_changed else content)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("suffix", ["md", "txt", "html", "pdf", "docx"])
+def test_nothing_that_a_file_can_hold_is_raised(tmp_path: Path, suffix: str) -> None:
+    random = Random(suffix)
+    whole = {"html": _PAGE, "pdf": make_pdf("One.", "Two.", title="T"), "docx": make_docx("One.", title="T")}
+    data = whole.get(suffix, _MARKDOWN)
+    for _ in range(300):
+        changed = damage_docx(data, random) if suffix == "docx" else damage(data, _WORDS[suffix], random)
+        result = read_bytes(tmp_path, f"a.{suffix}", changed)
+        assert isinstance(result, Document | Rejection)
+        assert result.content_hash or not isinstance(result, Document)

@@ -368,7 +368,7 @@ def test_an_archive_that_is_not_there_or_is_none_is_an_error(tmp_path: Path) -> 
 
 
 def test_a_protocol_that_is_unknown_or_not_installed_is_an_error_without_the_password() -> None:
-    for uri in ("nope://user:hunter2@host/x", "gs://user:hunter2@bucket/x"):
+    for uri in ("nope://hunter2@host/x", "gs://hunter2@bucket/x"):
         with pytest.raises(SourceError) as caught:
             open_source(SourceSettings(uri=uri))
         assert "hunter2" not in str(caught.value)
@@ -400,8 +400,27 @@ def web() -> Iterator[str]:
         thread.join()
 
 
+@pytest.mark.parametrize(
+    "userinfo", ["user:hunter2", "user:@hunter2", "user:hun@ter2", "user:hunter2 ", "user:x/hunter2", ":hunter2"]
+)
+@pytest.mark.parametrize("before", ["ftp://", "zip://*.md::ftp://"])
+def test_a_password_in_the_uri_is_refused_and_not_shown(before: str, userinfo: str) -> None:
+    with pytest.raises(ConfigError, match="password in it") as caught:
+        open_source(SourceSettings(uri=f"{before}{userinfo}@host/x", name="a"))
+    assert "ter2" not in str(caught.value)
+    assert "FSSPEC_" in str(caught.value)
+
+
+def test_a_file_that_is_named_like_a_url_with_a_password_is_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, "ftp:/a:b@c/x.md")
+    monkeypatch.chdir(tmp_path)
+    assert listing("ftp://a:b@c").keys() == {"x.md"}
+
+
 def test_a_web_page_is_named_without_its_query_and_its_secrets_stay_secret(web: str) -> None:
-    settings = SourceSettings(uri=f"http://user:hunter2@{web}/a.md?X-Amz-Signature=hunter2&page=1")
+    settings = SourceSettings(uri=f"http://user@{web}/a.md?X-Amz-Signature=hunter2&page=1")
     source = open_source(settings)
     assert "hunter2" not in source.name
     assert "page=1" in source.name
@@ -495,8 +514,35 @@ def test_an_archive_is_known_by_its_absolute_path(tmp_path: Path, monkeypatch: p
     assert key("zip://**/*.md::x.zip") == key(f"zip://**/*.md::{tmp_path}/x.zip") == f"zip://**/*.md::{tmp_path}/x.zip"
 
 
-def test_a_key_holds_no_credentials(web: str) -> None:
-    with_user = key(f"http://user:hunter2@{web}/guide.md?token=s3cret")
-    assert "hunter2" not in with_user
-    assert "s3cret" not in with_user
-    assert with_user == key(f"http://{web}/guide.md?token=another")
+def test_a_key_holds_no_credentials_and_another_signature_is_the_same_source(web: str) -> None:
+    with_token = key(f"http://{web}/guide.md?token=s3cret")
+    assert "s3cret" not in with_token
+    assert with_token == key(f"http://{web}/guide.md?token=s3cret") != key(f"http://{web}/guide.md?token=another")
+    signed = f"http://{web}/guide.md?X-Amz-Expires=9&X-Amz-Date=2026{{0}}&X-Amz-Signature={{0}}"
+    assert key(signed.format(11)) == key(signed.format(12)) == f"http://{web}/guide.md"
+
+
+# ---------------------------------------------------------------------------------------------- names of rows
+
+
+def test_no_file_has_the_id_of_a_row(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("id,text\n1.md,a row\n,no id\n")
+    write(tmp_path, "t.csv#1.md", "t.csv#more/2.md", "t.csv:3", "t.csv#old", "notes#1.md", "t.csv:3.md")
+    source = open_source(SourceSettings(uri=str(tmp_path)))
+    items = {item.doc_id: item for item in source}
+    assert len(list(source)) == len(items) == 8
+    assert isinstance(items["t.csv#1.md"], Document)
+    assert "no id" in rejections(items)["t.csv:3"][1]
+    for name in ("t.csv#1.md", "t.csv#more/2.md"):
+        status, reason = rejections(items)[f"./{name}"]
+        assert (status, "row of the table t.csv" in reason, "Rename it" in reason) == ("failed", True, True)
+        found = items[f"./{name}"]
+        assert isinstance(found, Rejection)
+        assert found.covers == name  # what was stored before the table came stays
+    assert {name for name, (status, _) in rejections(items).items() if status == "skipped"} == {
+        "./t.csv:3",
+        "./t.csv#old",
+    }
+    assert isinstance(items["notes#1.md"], FileRef)
+    assert isinstance(items["t.csv:3.md"], FileRef)
+    assert sum(item.source_bytes for item in items.values()) == source.total_bytes()

@@ -474,6 +474,15 @@ def test_what_is_hidden_behind_a_broken_jsonl(tmp_path: Path, content: bytes) ->
     assert "t.jsonl#" in hidden(read_text(tmp_path, "t.jsonl", content, max_text_bytes=1000)).values()
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le"])
+def test_a_hopeless_table_that_also_breaks_off_is_rejected_once(tmp_path: Path, encoding: str) -> None:
+    rows = "id,text\n" + "a\n" * 99
+    found = read_text(tmp_path, "t.csv", rows.encode(encoding) + ("x" * 5000).encode(encoding), encoding=encoding,
+                      max_text_bytes=1000)  # fmt: skip
+    assert [row.doc_id for row in found].count("t.csv") == 1
+    assert len(found) == len({row.doc_id for row in found}) == 100
+
+
 def test_what_is_hidden_behind_a_hopeless_table(tmp_path: Path) -> None:
     found = hidden(read_text(tmp_path, "t.jsonl", "".join(f'{{"id": {n}}}\n' for n in range(200))))
     assert found["t.jsonl#99"] is None
