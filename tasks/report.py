@@ -404,4 +404,4 @@ def hide_credentials(uri: str) -> str:
     """A source or server as it may be shown: without user, password and query (a signed URL's signature)."""
     if "://" not in uri:
         return uri
-    return re.sub(r"\?.*$", "?...", re.sub(r"://[^/@\s]*@", "://...@", uri))
+    return re.sub(r"\?.*$", "?...", re.sub(r"://[^/]*@", "://...@", uri))

@@ -174,6 +174,7 @@ def test_ladder_in_one_line() -> None:
         ("what?.md", "what?.md"),
         ("s3://bucket/docs", "s3://bucket/docs"),
         ("https://user:secret@host/a?X-Amz-Signature=abc", "https://...@host/a?..."),
+        ("ftp://user:p@ss w@host/a", "ftp://...@host/a"),
         ("simplecache::ftp://me:pw@host/x", "simplecache::ftp://...@host/x"),
     ],
 )
