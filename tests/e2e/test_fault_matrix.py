@@ -27,6 +27,7 @@ from tasks.backends.fake_qdrant_server import Fault, LoopbackQdrant
 from tasks.backends.points import DENSE_VECTOR
 from tasks.backends.qdrant import QdrantStore
 from tasks.backends.qdrant_calls import RetryPolicy
+from tasks.backends.qdrant_collections import MARKS_SOURCE
 from tasks.config import DeleteSettings, QdrantSettings
 from tasks.engine.collection import RunCollection
 from tasks.engine.commit import Committer
@@ -106,9 +107,9 @@ def ingest(store: QdrantStore, source: Texts, fingerprint: str) -> None:
         books.nodes_cpu += len(nodes)
     committer.commit_whole()
     settled = committer.settle(DeleteSettings())
-    _, off = books.close(settled.points_counted, settled.points_expected)
+    _, off = books.close(settled.points_counted, settled.points_expected, pending=settled.pending)
     assert off == ()
-    collection.switch(documents_failed=0)
+    collection.finish("2026-11-22T12:00:00.000+00:00", documents_failed=0)
 
 
 # ---------------------------------------------------------------------------------------------- the wire
@@ -407,7 +408,10 @@ def test_the_undisturbed_life_is_what_it_should_be(stages: list[Stage]) -> None:
         ]
         assert {point_id: payload for point_id, (payload, _) in points.items()} == dict(wanted)
         assert all(len(vectors[DENSE_VECTOR]) == DIMENSION for _, vectors in points.values())
-        records, _ = stage.end[f"{physical}--ledger"]
+        everything, _ = stage.end[f"{physical}--ledger"]
+        marks = [payload["doc_id"] for payload, _ in everything.values() if payload["source"] == MARKS_SOURCE]
+        assert marks == [SOURCE]  # the source is whole here
+        records = {key: each for key, each in everything.items() if each[0]["source"] != MARKS_SOURCE}
         assert {payload["doc_id"]: payload["status"] for payload, _ in records.values()} == dict.fromkeys(
             source, "done"
         )

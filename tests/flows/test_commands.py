@@ -77,7 +77,7 @@ def test_a_second_run_embeds_nothing_and_says_so_in_lines(shell: Shell, summary:
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert "documents seen=7 unchanged=4 written=0 failed=0 skipped=3 deleted=0 withheld=0" in lines
-    assert "nodes planned=4 gpu=0 cpu=0 reused=4 failed=0 points_counted=4" in lines
+    assert "nodes planned=0 gpu=0 cpu=0 reused=0 failed=0 points_counted=4" in lines
     assert all("\x1b" not in line for line in lines)
 
 
