@@ -173,7 +173,7 @@ class QdrantSettings(Settings):
     grpc_port: Annotated[int, Field(gt=0, le=65_535)] = Field(6334, description="The server's gRPC port.")
     outage_s: Annotated[float, Field(ge=0)] = Field(
         3600.0,
-        description="How long a run waits for a Qdrant that went away before it ends red; what is chunked is embedded meanwhile.",
+        description="How long a run waits for a Qdrant that is away before it ends red; what is chunked is embedded meanwhile.",
     )
     on_change: Literal["rebuild", "refuse"] = Field(
         "rebuild",
