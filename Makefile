@@ -34,10 +34,13 @@ lint: $(READY) ## Style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY) ## Compare with a plain LlamaIndex pipeline in one run
+bench: $(READY) ## Measure against a plain LlamaIndex pipeline, second runs, upserts and memory: half an hour
 	$(BIN)/python tests/benchmarks/ingest_against_llama_index.py
 	$(BIN)/python tests/benchmarks/orchestration.py
 	$(BIN)/python tests/benchmarks/plan_nodes.py
+	$(BIN)/python tests/benchmarks/incremental.py
+	$(BIN)/python tests/benchmarks/upsert_rate.py
+	$(BIN)/python tests/benchmarks/memory_growth.py
 
 lock: $(READY) ## Write requirements.lock anew from pyproject.toml
 	$(BIN)/pip-compile --quiet --strip-extras --no-header --no-emit-options --no-emit-index-url --no-emit-find-links \

@@ -150,15 +150,20 @@ def fill_ledger(values: dict[str, Any]) -> None:
     from tasks.backends.qdrant import open_store
     from tasks.backends.readers import hash_content
     from tasks.backends.sources import open_source
+    from tasks.backends.tokenizer import name_export
     from tasks.config import IngestSettings
-    from tasks.engine.fingerprint import describe_recipe, find_tokenizer
+    from tasks.engine.fingerprint import describe_recipe
     from tasks.policy.identity import compute_fingerprint, compute_generation, compute_nodes_digest
     from tasks.records import FileRef, LedgerRecord
 
     settings = IngestSettings.model_validate(values)
     source = open_source(settings.source)
     files = resolve_model(settings.embedding.model)
-    recipe = describe_recipe(settings, files, find_tokenizer(files, settings.data_folder))
+    # As the export would be, without the minute that transformers takes for it.
+    exported = name_export(files.revision, f"{settings.data_folder}/tokenizers")
+    exported.parent.mkdir(parents=True, exist_ok=True)
+    exported.write_bytes((Path(files.path) / "tokenizer.json").read_bytes())
+    recipe = describe_recipe(settings, files, str(exported))
     fingerprint = compute_fingerprint(recipe)
     store = open_store(settings.qdrant, settings.data_folder, environment={})
     physical = store.prepare_collection(
@@ -248,9 +253,8 @@ def measure_ledger(folder: Path, documents: int, model: str) -> Unchanged:
         fill_ledger(values)
         command = [sys.executable, __file__, "--run", json.dumps(values)]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-        before = read_cpu_s(double)
         for _ in range(2):  # the first one warms: indexes made, the double's lists, the files in the page cache
-            before, warm = read_cpu_s(double), before
+            before = read_cpu_s(double)
             result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=ROOT)
             if result.returncode:
                 raise SystemExit(f"the run over {documents} documents failed: {result.stderr[-3000:]}")
@@ -283,9 +287,8 @@ def print_ledgers(folder: Path, sizes: Sequence[int]) -> None:
     small, large = runs[0], runs[-1]
     ratio = (large.growing_s / large.documents) / (small.growing_s / small.documents)
     cpu = (large.cpu_s / large.documents) / (small.cpu_s / small.documents)
-    print(
-        f"{large.documents:,} against {small.documents:,} documents: {ratio:.2f} of the time a document, {cpu:.2f} of the CPU.\n"
-    )
+    sizes = f"{large.documents:,} against {small.documents:,} documents"
+    print(f"{sizes}: {ratio:.2f} of the time a document, {cpu:.2f} of the CPU.\n")
 
 
 if __name__ == "__main__":

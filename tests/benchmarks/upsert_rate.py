@@ -2,10 +2,10 @@
 
     python tests/benchmarks/upsert_rate.py [--points 10240]
 
-Vectors of 1024 dimensions and payloads as LlamaIndex writes them, in batches of 256, with wait=True. Qdrant is a sink: a process
-of its own that reads every request to its end and says "completed" without storing anything. So the rate is the client's own
-limit, no server's; the CPU time a point is what this work takes from tokenising and feeding a GPU. Each client is a process of
-its own; a batch before the first is not counted.
+Vectors of 1024 dimensions and payloads as LlamaIndex writes them, in batches of 256, with wait=True. Qdrant is a sink: a
+process of its own that reads every request to its end and says "completed" without storing anything. So the rate is the
+client's own limit, no server's; the CPU time a point is what this work takes from tokenising and feeding a GPU. Each client is
+a process of its own; a batch before the first is not counted.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Sink:
                 self.end_headers()
                 self.wfile.write(content)
 
-            do_GET = do_PUT = do_POST = do_DELETE = handle_any  # noqa: N815
+            do_GET = do_PUT = do_POST = do_DELETE = handle_any
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -292,16 +292,25 @@ def to_nodes(ids: Sequence[str], vectors: NDArray[np.float32], payloads: Sequenc
     return nodes
 
 
-def measure(name: str, points: int, dimension: int) -> Rate:
+def measure(name: str, points: int, dimension: int, *, apart: bool) -> Rate:
     with start_sink(dimension) as (ports, read_received):
-        command = [sys.executable, "-W", "ignore", __file__, "--client", name, "--ports", json.dumps(ports)]
-        command += ["--points", str(points), "--dimension", str(dimension)]
-        environment = {**os.environ, "DO_NOT_TRACK": "1"}
-        result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=ROOT)
-        if result.returncode:
-            raise SystemExit(f"{name} failed: {result.stderr[-3000:]}")
-        received = read_received()
-        return Rate(name, points, wire_bytes=received * points // (points + BATCH), **json.loads(result.stdout))
+        if apart:
+            told = run_apart(["--client", name, "--ports", json.dumps(ports)], points, dimension)
+        else:
+            told = run_client(name, ports, points, dimension)
+        return Rate(name, points, wire_bytes=read_received() * points // (points + BATCH), **told)
+
+
+def run_apart(options: Sequence[str], points: int, dimension: int) -> dict[str, float]:
+    """run_client() in a process of its own."""
+    command = [sys.executable, "-W", "ignore", __file__, *options]
+    command += ["--points", str(points), "--dimension", str(dimension)]
+    environment = {**os.environ, "DO_NOT_TRACK": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=ROOT)
+    if result.returncode:
+        raise SystemExit(f"{' '.join(options)} failed: {result.stderr[-3000:]}")
+    told: dict[str, float] = json.loads(result.stdout)
+    return told
 
 
 def print_table(rates: Sequence[Rate], dimension: int) -> None:
@@ -333,7 +342,7 @@ def main() -> None:
         print(json.dumps(run_client(given.client, given.ports, given.points, given.dimension)))
     else:
         points, dimension = (2 * BATCH, 32) if given.tiny else (given.points, given.dimension)
-        rates = [measure(name, points, dimension) for name in CLIENTS]
+        rates = [measure(name, points, dimension, apart=not given.tiny) for name in CLIENTS]
         if given.json:
             print(json.dumps([asdict(one) for one in rates], indent=1))
         else:
