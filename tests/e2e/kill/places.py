@@ -28,8 +28,8 @@ class Stored:
             found.setdefault(payload["doc_id"], set()).add(point_id)
         return found
 
-    def list_differences(self, other: Stored) -> list[str]:
-        """Each way in which the two are not the same, up to the last digits of a vector."""
+    def list_differences(self, other: Stored, *, atol: float = 1e-6) -> list[str]:
+        """Each way in which the two are not the same; `atol` is the vectors'."""
         found = []
         if self.aliases != other.aliases:
             found.append(f"aliases {self.aliases} {other.aliases}")
@@ -44,7 +44,7 @@ class Stored:
                     found.append(f"{name}/{point_id}: {one and one[0]} {another and another[0]}")
                 elif one[0] != another[0]:
                     found.append(f"{name}/{point_id}: {one[0]} {another[0]}")
-                elif one[1].shape != another[1].shape or not np.allclose(one[1], another[1], atol=1e-6):
+                elif one[1].shape != another[1].shape or not np.allclose(one[1], another[1], atol=atol):
                     found.append(f"{name}/{point_id}: another vector")
         return found
 

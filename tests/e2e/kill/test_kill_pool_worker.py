@@ -37,7 +37,7 @@ from tasks.records import Books, ModelFiles
 
 NAME = "port"
 KILLS = 40
-PAUSE_S = 0.5  # between two kills, on average: a worker is back within about as much
+PAUSE_S = 0.3  # between two kills, on average: about as long as a worker takes to come back
 SEED = "ballast" if os.environ.get("CI") else os.urandom(4).hex()
 FIT = start_fit(MemoryModel(0.0, 64 * 1024, 0.0, 0.0, 64 * 1024, 64 * 1024, 64.0, 0.0))
 
