@@ -32,7 +32,9 @@ DEFAULT_MAX_TOKENS = 512  # longer nodes answer questions worse, and attention c
 MIN_TEXT_TOKENS = 16  # less room than this for a node's own text is a mistake in the settings
 NOT_EMBEDDED = "not_embedded"  # metadata key that names the metadata left out of the embedding for want of room
 
-_RESERVED = re.compile(r"_node_.*|doc_id|document_id|ref_doc_id|generation|not_embedded|ballast_(?:source|nodes|content)")
+_RESERVED = re.compile(
+    r"_node_.*|doc_id|document_id|ref_doc_id|generation|not_embedded|ballast_(?:source|nodes|content)"
+)
 _NON_SPACE = re.compile(r"\S")
 _SEARCH_CHARS = 65_536  # how far from where it should be a node's text is looked for
 

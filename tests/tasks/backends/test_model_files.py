@@ -184,7 +184,6 @@ def test_a_folder_is_read_once_in_a_process(tmp_path: Path, monkeypatch: pytest.
     assert resolve_model(str(folder)).revision != revision
 
 
-
 @pytest.mark.parametrize(
     ("files", "message"),
     [
