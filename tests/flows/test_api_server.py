@@ -47,9 +47,10 @@ print(json.dumps({"numbers": numbers, "runs": runs, "servers": servers, "embedde
 """
 
 HOLD_THE_SERVER = """
-import sys, time
+import signal, sys, time
 from flows.api_server import embedded_api
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started with it ignored
 with embedded_api(sys.argv[1]) as api:
     print(api.url, flush=True)
     time.sleep(60)
