@@ -188,6 +188,43 @@ class QdrantSettings(Settings):
     )
 
 
+class PoolSettings(Settings):
+    """Embedding on Prefect's work pools, on any number of machines, instead of in the run's own process."""
+
+    enabled: bool = Field(
+        False,
+        description="Hand partitions to the two deployments below. Needs a Qdrant server, and a spool that every worker sees.",
+    )
+    gpu_deployment: str = Field("embed-partitions/gpu", description="Flow and deployment that embed on gpu-pool.")
+    cpu_deployment: str = Field(
+        "embed-partitions/cpu", description="The same on cpu-pool: takes what the GPU could not place."
+    )
+    gpu_runs: Positive = Field(4, description="Groups of partitions handed to gpu-pool at a time: one a GPU, or more.")
+    cpu_runs: Positive = Field(2, description="The same for cpu-pool.")
+    startup_fraction: Fraction = Field(
+        0.05,
+        description="Share of a group's time that process start and model load may take; sets how large a group is.",
+    )
+    group_tokens: Positive | None = Field(
+        None, description="Tokens of a group at least; unset: what keeps startup_fraction, from what workers report."
+    )
+    max_attempts: Positive = Field(
+        3,
+        description="Runs of gpu-pool that may die over a partition; then it goes to cpu-pool, as often; then its nodes fail.",
+    )
+    silent_s: Annotated[float, Field(ge=5)] = Field(
+        120.0,
+        description="A worker that gives no sign of life in the spool for this long is dead; its partitions run elsewhere.",
+    )
+    worker_wait_s: Annotated[float, Field(gt=0)] = Field(
+        6 * 3600.0, description="How long a group waits for a worker to take it before the run ends red."
+    )
+    server_outage_s: Annotated[float, Field(ge=0)] = Field(
+        900.0, description="How long a run waits for a Prefect server that is away; workers go on embedding meanwhile."
+    )
+    poll_s: Annotated[float, Field(gt=0)] = Field(2.0, description="Seconds between two looks at spool and server.")
+
+
 class IngestSettings(Settings):
     """One ingest run."""
 
@@ -198,6 +235,10 @@ class IngestSettings(Settings):
     partition: PartitionSettings = PartitionSettings()
     deletes: DeleteSettings = DeleteSettings()
     qdrant: QdrantSettings = QdrantSettings()
+    pools: PoolSettings = PoolSettings()
+    alert_spilled_fraction: Fraction = Field(
+        0.1, description="A run that spills a larger share of its nodes to the CPU emits ballast.run.spilled."
+    )
     data_folder: str = Field(
         ".ballast", description="Embedded Qdrant, spool, fitted memory models and the embedded Prefect API's database."
     )
