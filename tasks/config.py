@@ -262,3 +262,24 @@ class IngestSettings(Settings):
         if isinstance(values, dict) and isinstance(values.get("source"), str):
             return {**values, "source": {"uri": values["source"]}}
         return values
+
+
+class GroupedPartition(Settings):
+    """A partition in the spool, as records.Partition says it; `name` is its file's, in the run's folder."""
+
+    index: Annotated[int, Field(ge=0)]
+    name: str = Field(pattern=r"^partition-\d{6}-[0-9a-f]{16}\.parquet$")
+    nodes: Positive
+    tokens: Positive
+    longest_tokens: Positive
+
+
+class EmbedGroup(Settings):
+    """What one run of embed-partitions works on: its other parameter, beside the ingest's own settings."""
+
+    pool: Literal["gpu", "cpu"]
+    spool: str = Field(description="The ingest run's folder in the shared spool.")
+    collection: str = Field(description="The physical collection, which exists.")
+    fingerprint: str = Field(description="Of the ingest: a worker with another model or revision refuses the work.")
+    number: Annotated[int, Field(ge=0)] = Field(description="Groups of an ingest are numbered in the order they start.")
+    partitions: Annotated[tuple[GroupedPartition, ...], Field(min_length=1)]

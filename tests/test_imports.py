@@ -135,6 +135,8 @@ def allowed_for(path: Path) -> set[str]:
                 }
                 | BASE
             )
+        case ("tasks", "server_calls"):
+            return STDLIB | {"prefect", "httpx", "tenacity"} | BASE
         case ("tasks", _):
             return STDLIB | {"numpy", "prefect", "pydantic", "tasks"}
         case ("flows", "cli" | "cli_exit" | "cli_options" | "cli_state" | "progress" | "terminal"):
