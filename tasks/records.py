@@ -353,6 +353,39 @@ class PartitionReport:
         return any(step.kind in ("oom", "spill", "restart", "exhausted") for step in self.steps)
 
 
+# ---------------------------------------------------------------------------------------------- work pools
+
+Pool = Literal["gpu", "cpu"]
+
+
+@dataclass(frozen=True, slots=True)
+class PoolReport:
+    """What a worker's run says of one partition once its points are in Qdrant; rows are those of the partition's file.
+
+    Every row is stored, failed or left, or was dealt with by the report of another pool.
+    """
+
+    partition: PartitionReport
+    pool: Pool
+    run_id: str
+    start_up_s: float  # of the run's process and its model, before its first partition
+    stored_rows: Sequence[int] | None  # None: all of them
+    left_rows: Sequence[int] = ()  # found no place on this pool's device: for the CPU pool
+    failed_rows: Mapping[int, str] = field(default_factory=dict)  # row -> reason
+
+
+@dataclass(frozen=True, slots=True)
+class SignOfLife:
+    """Written by a worker's run every few seconds; a beat that stands still is a worker that is gone."""
+
+    beat: int
+    partition: int | None = None  # under way; None while it starts
+    note: str = ""
+    readings: Sequence[MemoryReading] = ()
+    marks: Sequence[BudgetMark] = ()
+    device: str = ""
+
+
 # ---------------------------------------------------------------------------------------------- the run's books
 
 

@@ -43,6 +43,7 @@ WRAPPED: dict[str, set[str]] = {
     "readers": {"bs4", "docx2txt", "fsspec", "markdownify", "pypdf", "yaml"},
     "sources": {"fsspec"},
     "spool": {"pyarrow", "fsspec", "portalocker"},
+    "spool_reports": {"pydantic"},
     "tables": {"pyarrow", "fsspec"},
     "tcp_relay": set(),
     "texts": set(),

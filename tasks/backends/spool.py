@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_OWN_FILES = re.compile(r"partition-\d{6}-[0-9a-f]{16}\.(parquet|npz)(\.[0-9a-f]{32}\.tmp)?")
+_OWN_FILES = re.compile(
+    r"(partition-\d{6}-[0-9a-f]{16}\.(parquet|npz|(gpu|cpu)\.json)|run-[0-9a-f-]{36}\.(json|revoked))(\.[0-9a-f]{32}\.tmp)?"
+)
 _ROW_GROUP = 1 << 30  # one row group a file: its token ids stay one array
 
 
@@ -132,10 +134,35 @@ class SpoolFolder:
             raise _torn(path, f"rows {rows.shape} do not belong to {partition.nodes} nodes")
         return rows, vectors
 
+    def read_doc_ids(self, partition: Partition) -> list[str]:
+        """Of each node, in the file's order; only that column is decoded."""
+        return [str(each) for each in self._read_table(partition, ["doc_id"]).column("doc_id").to_pylist()]
+
+    def place(self, name: str) -> str:
+        """The path of a file of this folder, as Partition has it."""
+        return f"{self._folder}/{name}"
+
+    def has_partition(self, partition: Partition) -> bool:
+        self._files.invalidate_cache(self._folder)
+        return bool(self._files.exists(partition.path))
+
+    def write_note(self, name: str, content: bytes) -> None:
+        """A small file beside the partitions, replaced as a whole: a report, a sign of life. See spool_reports."""
+        self._write(self.place(name), memoryview(content))
+
+    def read_note(self, name: str) -> bytes | None:
+        """None where there is none."""
+        return self._read(self.place(name), missing_ok=True)
+
+    def list_notes(self, ending: str) -> list[str]:
+        """Names of the notes that end like this."""
+        return [name for path in self._list_own() if (name := path.rsplit("/", 1)[-1]).endswith(ending)]
+
     def remove_partition(self, partition: Partition) -> None:
-        """Remove a partition's nodes and vectors: they are in Qdrant. Nothing happens where they are gone already."""
+        """Remove a partition's nodes, vectors and reports: they are in Qdrant. Nothing happens where they are gone already."""
+        stem = partition.path.removesuffix(".parquet")
         try:
-            for path in (_vectors_path(partition), partition.path):
+            for path in (_vectors_path(partition), partition.path, f"{stem}.gpu.json", f"{stem}.cpu.json"):
                 # Not `exists` first: a remote listing may be cached from before the file was written.
                 with contextlib.suppress(FileNotFoundError):
                     self._files.rm_file(path)

@@ -5,21 +5,19 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 from tasks.backends.qdrant import QdrantStore
 from tasks.backends.qdrant_ledger import Ledger
 from tasks.config import QdrantSettings
-from tasks.errors import RunStopped, StoreUnavailable
+from tasks.engine.patience import STOPPED, Patience
+from tasks.errors import RunStopped
 from tasks.records import LedgerRecord, ModelFiles, Payload, Vectors
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-STOPPED = "The run was told to stop. Run it again: what is stored is not embedded twice."
-LONGEST_WAIT_S = 30.0
 
 
 class RunCollection:
@@ -51,9 +49,8 @@ class RunCollection:
         self._recipe = recipe
         self._stop = stop or threading.Event()
         store.calls.should_stop = self._stop.is_set  # the store's own waits between two attempts end as well
-        self._note = note
         self._lock = threading.Lock()
-        self._patience = threading.local()
+        self._patience = Patience(settings.outage_s, self._stop, note)
         self.plan = store.plan_collection(
             self.name,
             dimension=files.dimension,
@@ -199,50 +196,13 @@ class RunCollection:
         others = self.wait_for(there.list_sources) - {self.source}
         return sorted(each for each in others if not marks.get(each) or marks[each] < live_marks.get(each, ""))
 
-    @contextmanager
-    def patient_for(self, seconds: float) -> Iterator[None]:
+    def patient_for(self, seconds: float) -> AbstractContextManager[None]:
         """In this thread, wait no longer than this for Qdrant: the caller repeats what fails, and shows it."""
-        self._patience.seconds = seconds
-        try:
-            yield
-        finally:
-            del self._patience.seconds
+        return self._patience.patient_for(seconds)
 
     def wait_for(self, request: Callable[[], T]) -> T:
-        """The request's answer; asked again while Qdrant is away, up to qdrant.outage_s.
-
-        What a request does can be done twice. Raises StoreUnavailable, RunStopped.
-        """
-        from tenacity import (
-            RetryCallState,
-            Retrying,
-            retry_if_exception_type,
-            stop_after_delay,
-            wait_random_exponential,
-        )
-
-        seconds = getattr(self._patience, "seconds", self._settings.outage_s)
-
-        def tell(state: RetryCallState) -> None:
-            if state.attempt_number == 1:
-                error = state.outcome.exception() if state.outcome else None
-                self._note(
-                    f"waiting for Qdrant, {self._settings.outage_s:g} s at most; what is chunked is embedded meanwhile: {error}"
-                )
-
-        def sleep(pause_s: float) -> None:
-            self._stop.wait(pause_s)
-            self._refuse_if_stopped()
-
-        retrying = Retrying(
-            retry=retry_if_exception_type(StoreUnavailable),
-            stop=stop_after_delay(seconds),
-            wait=wait_random_exponential(multiplier=1, max=LONGEST_WAIT_S),
-            sleep=sleep,
-            before_sleep=tell,
-            reraise=True,
-        )
-        return retrying(request)
+        """See Patience.wait_for()."""
+        return self._patience.wait_for(request)
 
     def _refuse_if_stopped(self) -> None:
         if self._stop.is_set():

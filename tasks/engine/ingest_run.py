@@ -23,12 +23,13 @@ from tasks.backends.sources import Source, open_source
 from tasks.backends.spool import SpoolFolder
 from tasks.config import IngestSettings
 from tasks.engine.chunk import ChunkSpec, count_workers, iter_chunked
-from tasks.engine.collection import STOPPED, RunCollection
+from tasks.engine.collection import RunCollection
 from tasks.engine.commit import Committer, Settled, get_now
 from tasks.engine.devices import Devices, start_devices
 from tasks.engine.embedded import MISSING, ON_CPU, ON_DEVICE, Embedded
 from tasks.engine.fill_partitions import Progress, fill_partitions, select_new_nodes
 from tasks.engine.fingerprint import describe_recipe, find_tokenizer, make_chunk_spec
+from tasks.engine.patience import STOPPED
 from tasks.engine.select_changed import ChangeSelector
 from tasks.errors import BooksDontClose, RunStopped, SpoolError, StoreRejected
 from tasks.observe import Observer, current_observer
