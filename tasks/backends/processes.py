@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any
@@ -58,3 +60,12 @@ def _end_with_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
+
+
+def read_process_age_s() -> float:
+    """Seconds since this process was started, imports and all; 0 where psutil is missing."""
+    try:
+        psutil: Any = importlib.import_module("psutil")
+    except ImportError:
+        return 0.0
+    return max(0.0, time.time() - float(psutil.Process().create_time()))

@@ -6,7 +6,8 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +16,15 @@ from tasks.backends.process_encoder import EncoderSpec, ProcessEncoder
 from tasks.config import BudgetSettings, EmbeddingSettings, IngestSettings
 from tasks.engine.cpu_pool import CpuPool
 from tasks.engine.embed_nodes import NodeEmbedder
-from tasks.engine.embedded import Embedded, Watch, start_embedding
+from tasks.engine.embedded import UNWATCHED, Embedded, Spill, Watch, start_embedding
 from tasks.engine.measure_device import MeasuredDevice, measure_device, to_embed_settings
 from tasks.errors import ConfigError, DeviceError
 from tasks.observe import Observer
 from tasks.policy.failures import classify_failure
-from tasks.records import BudgetMark, ModelFiles, TokenIds
+from tasks.policy.marks import thin_marks
+from tasks.records import BudgetMark, LadderStep, ModelFiles, Pool, StepKind, TokenIds
 
-MAX_MARKS = 10_000  # of the budget's series
+MAX_MARKS = 2000  # of the budget's series, as many as the sampler's
 CORES_PER_CPU_WORKER = (
     4  # more threads on one model gain little; fewer, and each worker's copy of the weights costs more
 )
@@ -91,22 +93,39 @@ class Devices:
         self.tokens_per_s = tokens_per_s
         self.observer = observer
         self.budget_series: list[BudgetMark] = []
+        self._marks_lock = threading.Lock()
         self._started = time.monotonic()
 
     def start_clock(self) -> None:
         """Count the budget's marks from now on, as the sampler counts its readings."""
         self._started = time.monotonic()
 
-    def _mark_budget(self, nodes: int, budget_bytes: int) -> None:
-        # Only where something changed: a long run has millions of micro-batches.
-        last = self.budget_series[-1] if self.budget_series else None
-        changed = last is None or (last.budget_bytes, last.batch_nodes) != (budget_bytes, nodes)
-        if changed and len(self.budget_series) < MAX_MARKS:
-            self.budget_series.append(BudgetMark(time.monotonic() - self._started, budget_bytes, nodes))
+    def _mark(
+        self,
+        nodes: int,
+        budget_bytes: int,
+        predicted_bytes: int | None = None,
+        peak_bytes: int | None = None,
+        step: StepKind | None = None,
+    ) -> None:
+        with self._marks_lock:
+            last = next((mark for mark in reversed(self.budget_series) if mark.step is None), None)
+            if step is None and last is not None and (last.budget_bytes, last.batch_nodes) == (budget_bytes, nodes):
+                return  # only where something changed: a long run has millions of micro-batches
+            if step is not None and last is not None:
+                budget_bytes = last.budget_bytes  # a spilled node's own need is no budget
+            seconds = time.monotonic() - self._started
+            mark = BudgetMark(seconds, budget_bytes, nodes, predicted_bytes, peak_bytes, step)
+            self.budget_series = thin_marks([*self.budget_series, mark], MAX_MARKS)
 
     def _watch(self, partition_index: int, nodes: int) -> Watch:
-        progress = _Progress(self.observer, self._mark_budget, partition_index, nodes, self.device)
-        return Watch(progress, lambda step: self.observer.ladder_step(partition_index, step))
+        progress = _Progress(self.observer, partition_index, nodes, self.device)
+
+        def on_step(step: LadderStep) -> None:
+            self._mark(step.nodes_after, step.budget_after_bytes, step=step.kind)
+            self.observer.ladder_step(partition_index, step)
+
+        return Watch(progress, on_step, self._mark)
 
     def embed(self, token_ids: Sequence[TokenIds], partition_index: int) -> Embedded:
         """On the GPU, what it can't place goes to the pool; one caller at a time."""
@@ -150,7 +169,8 @@ def start_devices(
     if device != "cpu":
         observer.stage("device", f"loading {files.name} on {device}")
         try:
-            return _start_gpu(settings, files, device, pool, observer, stop)
+            spill = pool if embedding.spill_to_cpu else None
+            return _start_gpu(settings, files, device, pool, observer, stop, spill=spill)
         except DeviceError as error:
             if embedding.device != "auto":
                 pool.close()
@@ -167,8 +187,51 @@ def start_devices(
     return Devices(None, pool, device="cpu", note=note, tokens_per_s=speed, observer=observer, stop=stop)
 
 
+def start_pool_devices(
+    pool: Pool, settings: IngestSettings, files: ModelFiles, observer: Observer, stop: threading.Event
+) -> Devices:
+    """What a worker of a work pool embeds on: one device on gpu-pool, this machine's CPU processes on cpu-pool.
+
+    On gpu-pool what the device can't place stays without a vector, and is left for cpu-pool. There the knobs of the GPU's
+    memory say nothing. Raises DeviceError, ModelError.
+    """
+    embedding = settings.embedding
+    if pool == "cpu":
+        on_cpu = embedding.model_copy(update={"device": "cpu"})
+        budget = settings.budget.model_copy(update={"max_bytes": None, "fraction": 1.0, "max_micro_batch_tokens": None})
+        return start_devices(settings.model_copy(update={"embedding": on_cpu, "budget": budget}), files, observer, stop)
+    device, reason = choose_device(embedding.device)
+    if device == "cpu" and embedding.device == "auto":
+        raise DeviceError(
+            f"This worker serves gpu-pool, and there is {reason}. Mend its driver or its CUDA_VISIBLE_DEVICES, or let it "
+            "serve cpu-pool; embedding.device=cpu would let a CPU pass for the device."
+        )
+    observer.stage("device", f"loading {files.name} on {device}")
+    spill = LeftForCpuPool(files.dimension) if embedding.spill_to_cpu else None
+    return _start_gpu(settings, files, device, make_pool(settings, files, stop), observer, stop, spill=spill)
+
+
+class LeftForCpuPool:
+    """Takes nodes that the device can't place and gives back none: the ingest run hands them to cpu-pool."""
+
+    def __init__(self, dimension: int) -> None:
+        self._dimension = dimension
+
+    def submit(self, token_ids: Sequence[TokenIds], watch: Watch = UNWATCHED) -> Future[Embedded]:  # noqa: ARG002
+        left: Future[Embedded] = Future()
+        left.set_result(start_embedding(token_ids, self._dimension, "cpu"))
+        return left
+
+
 def _start_gpu(
-    settings: IngestSettings, files: ModelFiles, device: str, pool: CpuPool, observer: Observer, stop: threading.Event
+    settings: IngestSettings,
+    files: ModelFiles,
+    device: str,
+    pool: CpuPool,
+    observer: Observer,
+    stop: threading.Event,
+    *,
+    spill: Spill | None,
 ) -> Devices:
     spec = make_spec(settings.embedding, settings.budget, files, device)
     encoder = ProcessEncoder(spec, batch_timeout_s=settings.embedding.batch_timeout_s)
@@ -179,7 +242,6 @@ def _start_gpu(
     except BaseException:
         encoder.close()
         raise
-    spill = pool if settings.embedding.spill_to_cpu else None
     embed_settings = to_embed_settings(settings.budget, info, measured.launch_tokens)
     embedder = NodeEmbedder(encoder, measured.fit, embed_settings, spill=spill, stop=stop)
     note = f"{info.key.device_name} ({info.device}), {info.key.precision}; memory model: {measured.note}"
@@ -216,20 +278,16 @@ def make_pool(settings: IngestSettings, files: ModelFiles, stop: threading.Event
 class _Progress:
     """Counts a partition's nodes for the observer; called from several of the pool's threads."""
 
-    def __init__(
-        self, observer: Observer, mark: Callable[[int, int], None], partition_index: int, nodes: int, device: str
-    ) -> None:
+    def __init__(self, observer: Observer, partition_index: int, nodes: int, device: str) -> None:
         self._observer = observer
-        self._mark = mark
         self._partition_index = partition_index
         self._nodes = nodes
         self._device = device
         self._done = 0
         self._lock = threading.Lock()
 
-    def __call__(self, nodes: int, tokens: int, budget_bytes: int) -> None:
+    def __call__(self, nodes: int, tokens: int, _budget_bytes: int) -> None:
         with self._lock:
             self._done += nodes
             done = self._done
-        self._mark(nodes, budget_bytes)
         self._observer.micro_batch_done(self._partition_index, done, self._nodes, tokens, self._device)
