@@ -250,10 +250,10 @@ class MemorySample:
 
 @dataclass(frozen=True, slots=True)
 class MemoryReading:
-    """One row of the NVML sampler's series."""
+    """One row of a memory sampler's series: a device's by NVML, the host's by the kernel."""
 
     seconds: float  # since the sampler started
-    device_uuid: str
+    device_uuid: str  # or "host"
     used_bytes: int
     free_bytes: int
     total_bytes: int
@@ -262,11 +262,17 @@ class MemoryReading:
 
 @dataclass(frozen=True, slots=True)
 class BudgetMark:
-    """From here on, this budget and this batch were in force; on the same clock as MemoryReading."""
+    """From here on, this budget and this batch were in force; on the same clock as MemoryReading.
+
+    Or, where `step` says so, a step of the ladder, at the budget that was in force.
+    """
 
     seconds: float
     budget_bytes: int
     batch_nodes: int
+    predicted_bytes: int | None = None  # of one of its micro-batches, the first, on top of the weights
+    peak_bytes: int | None = None  # what that took; None where the device does not tell (CPU)
+    step: StepKind | None = None
 
 
 # ---------------------------------------------------------------------------------------------- embedding

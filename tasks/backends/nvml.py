@@ -5,17 +5,14 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-import threading
-import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
+from tasks.backends.sampler import Sampler
 from tasks.records import MemoryReading
 
 logger = logging.getLogger(__name__)
-
-MAX_READINGS = 2000
 
 
 def read_process_tree() -> frozenset[int]:
@@ -33,12 +30,11 @@ class _Device:
     uuid: str
 
 
-class MemorySampler:
-    """A thread that reads used, free and total bytes of each device every `interval_s`, and this process tree's share.
+class MemorySampler(Sampler):
+    """Reads used, free and total bytes of each device every `interval_s`, and this process tree's share.
 
     Devices are named by UUID or PCI bus id, never by index: NVML counts all cards in bus order, CUDA only the visible
-    ones in its own. MIG slices are devices of their own. The series stays below `max_readings`: when full, every second
-    reading goes and the interval doubles, so a long run keeps its whole course.
+    ones in its own. MIG slices are devices of their own.
     """
 
     def __init__(
@@ -47,51 +43,18 @@ class MemorySampler:
         *,
         device_uuids: Collection[str] | None = None,
         pids: Callable[[], Collection[int]] = read_process_tree,
-        max_readings: int = MAX_READINGS,
         nvml: Any = None,
-        clock: Callable[[], float] = time.monotonic,
+        **options: Any,
     ) -> None:
-        """`device_uuids` None: all devices. `nvml` is the module pynvml unless a test gives another."""
-        self._interval_s = interval_s
+        """`device_uuids` None: all devices. `nvml` is pynvml unless a test gives another. `options` are those of Sampler."""
+        super().__init__(interval_s, **options)
         self._wanted = None if device_uuids is None else {_bare(uuid) for uuid in device_uuids}
         self._pids = pids
-        self._max_readings = max(2, max_readings)
         self._nvml = nvml
-        self._clock = clock
-        self._started_s = 0.0
-        self._readings: list[MemoryReading] = []
         self._devices: list[_Device] = []
-        self._lock = threading.Lock()
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
-        self.absence = ""  # why there are no readings
 
-    def start(self) -> None:
-        """Begin to sample; logs one line with the reason where NVML can't be used."""
-        self._started_s = self._clock()
-        if not self._open():
-            logger.info("nvml=absent reason=%r: no device memory series for this run", self.absence)
-            return
-        self._thread = threading.Thread(target=self._run, name="nvml-sampler", daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        """One last reading, then the end of the thread and of NVML. Does nothing where it was not started."""
-        if self._thread is None:
-            return
-        self._stop.set()
-        self._thread.join()
-        self._thread = None
-        self._nvml.nvmlShutdown()
-
-    def series(self) -> list[MemoryReading]:
-        """The readings so far, in time order, all devices of one time together."""
-        return list(self._readings)
-
-    def sample(self) -> None:
-        """Take one reading of every device now."""
+    def _read(self, seconds: float) -> list[MemoryReading]:
         nvml = self._nvml
-        seconds = self._clock() - self._started_s
         pids = set(self._pids())
         readings = []
         for device in self._devices:
@@ -111,8 +74,7 @@ class MemorySampler:
                     process_bytes=self._read_process_bytes(device.handle, pids),
                 )
             )
-        with self._lock:
-            self._readings = self._thin_out([*self._readings, *readings])
+        return readings
 
     # ------------------------------------------------------------------------------------------ devices
 
@@ -136,6 +98,9 @@ class MemorySampler:
             nvml.nvmlShutdown()
             return False
         return True
+
+    def _close(self) -> None:
+        self._nvml.nvmlShutdown()
 
     def _find_devices(self) -> list[tuple[_Device, set[str]]]:
         """Every card, or its MIG slices where it is cut into some, with all the names it answers to."""
@@ -180,20 +145,6 @@ class MemorySampler:
         if (processes and not ours) or any(used is None for used in ours):
             return None
         return sum(int(used) for used in ours)
-
-    def _thin_out(self, readings: Sequence[MemoryReading]) -> list[MemoryReading]:
-        if len(readings) <= self._max_readings:
-            return list(readings)
-        times = sorted({reading.seconds for reading in readings})
-        kept = set(times[::2])
-        self._interval_s *= 2
-        return [reading for reading in readings if reading.seconds in kept]
-
-    def _run(self) -> None:
-        while not self._stop.is_set():
-            self.sample()
-            self._stop.wait(self._interval_s)
-        self.sample()
 
 
 def _bare(uuid: str) -> str:

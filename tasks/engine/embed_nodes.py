@@ -189,7 +189,9 @@ class _PartitionRun:
             sample = MemorySample(batch.nodes, batch.padded_tokens, batch.masked, outcome.peak_bytes)
             if self.embedder.learn(sample) and self.batches:
                 self._repredict()
-        self.watch.on_batch(batch.nodes, tokens, self.embedder.state.limit(budget))
+        limit = self.embedder.state.limit(budget)
+        self.watch.on_memory(batch.nodes, limit, batch.predicted_bytes, outcome.peak_bytes)
+        self.watch.on_batch(batch.nodes, tokens, limit)
 
     def _repredict(self) -> None:
         """The planned batches' predictions under the refined model; the loop shrinks those that no longer fit."""

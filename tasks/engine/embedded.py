@@ -91,10 +91,14 @@ class Embedded:
 
 @dataclass(frozen=True, slots=True)
 class Watch:
-    """Who is told: of each micro-batch's nodes, tokens and budget, and of each step of the ladder."""
+    """Who is told: of each micro-batch's nodes, tokens and budget, of what it was to take and took, and of each step.
+
+    on_memory(nodes, budget_bytes, predicted_bytes, peak_bytes): bytes on top of the weights; no peak where none is known.
+    """
 
     on_batch: Callable[[int, int, int], None] = lambda _nodes, _tokens, _budget_bytes: None
     on_step: Callable[[LadderStep], None] = lambda _step: None
+    on_memory: Callable[[int, int, int, int | None], None] = lambda _nodes, _budget, _predicted, _peak: None
 
 
 UNWATCHED = Watch()

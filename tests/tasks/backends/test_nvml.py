@@ -94,7 +94,7 @@ def test_without_a_driver_the_series_is_empty_and_the_reason_is_logged(caplog: p
         pynvml.nvmlShutdown()
         pytest.skip("this machine has an NVIDIA driver")
     sampler = MemorySampler(0.01)
-    with caplog.at_level("INFO", logger="tasks.backends.nvml"):
+    with caplog.at_level("INFO", logger="tasks.backends"):
         sampler.start()
         sampler.stop()
     assert sampler.series() == []
@@ -125,7 +125,7 @@ def test_a_device_is_found_by_what_cuda_calls_it(name: str) -> None:
 def test_a_device_that_nvml_does_not_know_is_said(caplog: pytest.LogCaptureFixture) -> None:
     nvml = FakeNvml(build_cards())
     sampler = MemorySampler(60, device_uuids=["cccc-3"], nvml=nvml)
-    with caplog.at_level("INFO", logger="tasks.backends.nvml"):
+    with caplog.at_level("INFO", logger="tasks.backends"):
         sampler.start()
     assert "cccc-3" in caplog.text
     assert not nvml.is_open
