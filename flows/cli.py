@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from flows.cli_deploy import setup, webhooks
 from flows.cli_exit import EPILOG, FAILED, OK, RUN_AGAIN, ExitCodes, stop_on_ctrl_c
 from flows.cli_options import (
     ChunkOverlap,
@@ -277,7 +278,7 @@ def calibrate(
             terminal.print_tables(tabulate_calibration(report), tabulate_coefficients(report), tabulate_probes(report))
 
 
-for command in (verify, failures, collections):
+for command in (verify, failures, collections, setup, webhooks):
     app.command(epilog=EPILOG)(command)
 
 

@@ -15,10 +15,12 @@ BASE = {"tasks.records", "tasks.errors"}
 # One library (a family counts as one) that each backend wraps; a module not listed here wraps the standard library only.
 WRAPPED: dict[str, set[str]] = {
     "allocator": {"torch"},
+    "changed_listing": set(),
     "chunker": {"llama_index"},
     "device_memory": {"torch", "psutil"},
     "encoder": set(),
     "fake_encoder": set(),
+    "host_sampler": {"psutil"},
     "memory_store": set(),
     "model_files": {"huggingface_hub"},
     "nvml": {"pynvml"},
@@ -28,6 +30,7 @@ WRAPPED: dict[str, set[str]] = {
     "fake_qdrant_server": {"qdrant_client"},
     "filesystem": {"fsspec"},
     "grpc_points": {"qdrant_client"},
+    "listing": {"fsspec"},
     "pieces": set(),
     "points": {"qdrant_client"},
     "qdrant": {"qdrant_client"},
@@ -41,7 +44,8 @@ WRAPPED: dict[str, set[str]] = {
     "qdrant_ledger": {"qdrant_client"},
     "qdrant_pages": {"qdrant_client"},
     "readers": {"bs4", "docx2txt", "fsspec", "markdownify", "pypdf", "yaml"},
-    "sources": {"fsspec"},
+    "sampler": set(),
+    "sources": set(),
     "spool": {"pyarrow", "fsspec", "portalocker"},
     "spool_reports": {"pydantic"},
     "tables": {"pyarrow", "fsspec"},
@@ -142,6 +146,10 @@ def allowed_for(path: Path) -> set[str]:
             return STDLIB | {"numpy", "prefect", "pydantic", "tasks"}
         case ("flows", "cli" | "cli_exit" | "cli_options" | "cli_state" | "progress" | "terminal"):
             return STDLIB | {"typer", "rich", "click", "pydantic", "prefect", "flows", "tasks"}
+        case ("flows", "cli_deploy"):
+            return STDLIB | {"typer", "flows", "tasks", "deployments.receiver"}
+        case ("flows", "setup_files" | "setup_server" | "setup_blocks" | "setup_automations" | "setup_steps"):
+            return STDLIB | {"prefect", "pydantic", "yaml", "httpx", "apprise", "flows", "tasks"}
         case ("flows", _):
             return STDLIB | {"prefect", "flows", "tasks", "uvicorn", "httpx"}
     raise AssertionError(f"{path}: where does this module belong?")
