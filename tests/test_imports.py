@@ -142,6 +142,10 @@ def allowed_for(path: Path) -> set[str]:
             )
         case ("tasks", "server_calls"):
             return STDLIB | {"prefect", "httpx", "tenacity"} | BASE
+        case ("tasks", "picture"):
+            return STDLIB | {"numpy", "matplotlib", "PIL", "tasks.tables"} | BASE
+        case ("tasks", "metrics"):
+            return STDLIB | {"prometheus_client", "tasks.observe"} | BASE
         case ("tasks", _):
             return STDLIB | {"numpy", "prefect", "pydantic", "tasks"}
         case ("flows", "cli" | "cli_exit" | "cli_options" | "cli_state" | "progress" | "terminal"):

@@ -8,8 +8,9 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from tasks.backends.listing import FORMATS
 from tasks.backends.readers import read_file
-from tasks.backends.sources import FORMATS, open_source
+from tasks.backends.sources import open_source
 from tasks.config import SourceSettings
 from tasks.records import Document, FileRef, Rejection
 

@@ -18,8 +18,9 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
+from tasks.backends.listing import FORMATS, TABLES, Listed
 from tasks.backends.readers import read_file
-from tasks.backends.sources import FORMATS, TABLES, Listed, open_source
+from tasks.backends.sources import open_source
 from tasks.config import SourceSettings
 from tasks.errors import ConfigError, SourceError
 from tasks.records import Document, FileRef, Rejection
@@ -119,6 +120,11 @@ def test_the_runs_own_data_folder_is_no_part_of_the_source(tmp_path: Path) -> No
 
 
 # ---------------------------------------------------------------------------------------------- formats
+
+
+def test_only_a_table_has_rows_that_another_file_may_be_named_as(tmp_path: Path) -> None:
+    write(tmp_path, "c", "c#.md", "pic.png", "pic.png#1.md")
+    assert {name for name, item in listing(tmp_path).items() if isinstance(item, FileRef)} == {"c#.md", "pic.png#1.md"}
 
 
 def test_every_format_and_its_other_suffixes(tmp_path: Path) -> None:
