@@ -216,6 +216,10 @@ class PoolSettings(Settings):
         120.0,
         description="A worker that gives no sign of life in the spool for this long is dead; its partitions run elsewhere.",
     )
+    pending_s: Annotated[float, Field(gt=0)] = Field(
+        900.0,
+        description="How long a worker may take from taking a run to starting it (a container's image is pulled).",
+    )
     worker_wait_s: Annotated[float, Field(gt=0)] = Field(
         6 * 3600.0, description="How long a group waits for a worker to take it before the run ends red."
     )

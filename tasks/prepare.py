@@ -8,6 +8,8 @@ from prefect.cache_policies import NO_CACHE
 from tasks.backends.qdrant_connection import load_client
 from tasks.config import IngestSettings
 from tasks.engine.ingest_run import IngestRun, open_run
+from tasks.pool_runs import PoolRuns
+from tasks.secrets import read_environment
 
 
 def load_libraries() -> None:
@@ -21,4 +23,6 @@ def load_libraries() -> None:
 @task(name="prepare", cache_policy=NO_CACHE, persist_result=False)
 def prepare(settings: IngestSettings) -> IngestRun:
     """Source, model files and collection, checked against each other. Raises the errors of open_run()."""
-    return open_run(settings)
+    if settings.pools.enabled:
+        PoolRuns(settings).end_orphans()
+    return open_run(settings, read_environment())

@@ -21,11 +21,15 @@ from tasks.records import (
     Rejection,
     RunSummary,
 )
-from tasks.tables import Column, Table, Value, escape_markdown, format_bytes, format_value, to_markdown
+from tasks.tables import Column, Table, Value, clean_text, escape_markdown, format_bytes, format_value, to_markdown
 
 MEMORY_ROWS = 40  # a page of the UI; the peak of each span is kept, so that no spike is averaged away
 LADDER_ROWS = 50
+LADDERS = 10  # partitions of a report whose ladder is shown step by step
+PARTITION_ROWS = 200  # some 50 KB of the artifact, and more than anybody reads
 REJECTION_ROWS = 100
+REASON_CHARS = 240
+STEPS_DOWN = ("oom", "spill", "restart", "exhausted", "shrink")
 
 # ---------------------------------------------------------------------------------------------- tables
 
@@ -127,6 +131,45 @@ def tabulate_partitions(reports: Iterable[PartitionReport]) -> Table:
     return Table("partition", "Partitions", columns, rows)
 
 
+def tabulate_partition_page(reports: Sequence[PartitionReport], limit: int = PARTITION_ROWS) -> Table:
+    """As tabulate_partitions, with what happened to each, for a page of the UI: at most `limit` partitions and their sum.
+
+    Where there are more, those with failed nodes come before those that stepped down, and these before the rest.
+    """
+    worst_first = sorted(reports, key=lambda report: (not report.failed_nodes, not report.is_degraded, report.index))
+    shown = sorted(worst_first[:limit], key=lambda report: report.index)
+    plain = tabulate_partitions(shown)
+    rows = [
+        (*row, describe_steps(report) if report.steps else "") for row, report in zip(plain.rows, shown, strict=True)
+    ]
+    if len(reports) > 1:
+        rows.append(_sum_partitions(reports))
+    columns = [*plain.columns, Column("steps", "what happened", "text")]
+    return Table(plain.name, plain.title, columns, rows, max(len(reports) - limit, 0))
+
+
+def _sum_partitions(reports: Sequence[PartitionReport]) -> tuple[Value, ...]:
+    tokens, seconds = sum(report.tokens for report in reports), sum(report.seconds for report in reports)
+    peaks = [report.peak_bytes for report in reports if report.peak_bytes is not None]
+    low, high = min(report.batch_min for report in reports), max(report.batch_max for report in reports)
+    degraded = sum(report.is_degraded for report in reports)
+    return (
+        f"all {len(reports):,}",
+        sum(report.nodes for report in reports),
+        tokens,
+        ", ".join(sorted({report.device for report in reports})),
+        describe_range(low, high),
+        sum(step.kind == "oom" for report in reports for step in report.steps),
+        sum(report.cpu_nodes for report in reports if report.device != "cpu"),
+        sum(len(report.failed_nodes) for report in reports),
+        max(peaks, default=None),
+        max(report.budget_bytes for report in reports),
+        round(seconds, 3),
+        round(tokens / seconds, 1) if seconds else 0.0,
+        f"{degraded:,} stepped down" if degraded else "",
+    )
+
+
 def tabulate_ladder(report: PartitionReport, limit: int = LADDER_ROWS) -> Table:
     """One row a step of the ladder, in order."""
     columns = [
@@ -185,7 +228,8 @@ def tabulate_memory(
     ]
     rows: list[tuple[Value, ...]] = []
     for reading in thin_series(series, limit):
-        mark = max((m for m in marks if m.seconds <= reading.seconds), key=lambda m: m.seconds, default=None)
+        in_force = (mark for mark in marks if mark.step is None and mark.seconds <= reading.seconds)
+        mark = max(in_force, key=lambda m: m.seconds, default=None)
         rows.append(
             (
                 round(reading.seconds, 2),
@@ -323,32 +367,45 @@ def tabulate_probes(report: CalibrationReport) -> Table:
 # ---------------------------------------------------------------------------------------------- the run's report
 
 
-def render_report(summary: RunSummary, off: Sequence[str] | None = None) -> str:
-    """The run as Markdown, for its artifact. `off`: what keeps the books from closing, where the caller knows more."""
+def render_report(summary: RunSummary, off: Sequence[str] | None = None, picture: str = "") -> str:
+    """The run as Markdown, for its artifact: the closed books first, then what failed, then how it went.
+
+    `off`: what keeps the books from closing, where the caller knows more. `picture`: Markdown for the course of the memory.
+    """
     discrepancies = find_discrepancies(summary, off)
     lines = [f"# {escape_markdown(summary.collection)}: books {'do not close' if discrepancies else 'closed'}", ""]
     lines += [f"- **off:** {escape_markdown(line)}" for line in discrepancies]
     lines += [
-        f"- model: {escape_markdown(summary.model)}",
-        f"- device: {escape_markdown(summary.device)}. {escape_markdown(summary.device_note)}",
-        f"- stored in: {escape_markdown(summary.physical_collection)}, "
-        f"fingerprint {escape_markdown(summary.fingerprint)}",
+        *(f"- **note:** {escape_markdown(note)}" for note in summary.notes),
         f"- {summary.tokens:,} tokens, {format_value(embedding_tokens_per_s(summary), 'rate')} tokens/s while embedding; "
         f"{format_value(summary.spilled_fraction, 'fraction')} of the nodes spilled to the CPU",
         f"- time: {describe_times(summary.seconds)}",
         f"- {describe_memory(summary)}",
-        *(f"- **note:** {escape_markdown(note)}" for note in summary.notes),
+        f"- model: {escape_markdown(summary.model)}",
+        f"- device: {escape_markdown(summary.device)}. {escape_markdown(summary.device_note)}",
+        f"- stored in: {escape_markdown(summary.physical_collection)}, "
+        f"fingerprint {escape_markdown(summary.fingerprint)}",
         "",
     ]
-    sections = [tabulate_documents(summary.books), tabulate_nodes(summary.books)]
-    sections.append(tabulate_partitions(summary.partitions))
-    sections += [tabulate_ladder(report) for report in summary.partitions if report.steps]
-    sections.append(tabulate_memory(summary.memory_series, summary.budget_series))
-    sections.append(tabulate_rejections(summary.rejections))
-    for table in sections:
-        if table.rows:
-            lines += [f"## {table.title}", "", to_markdown(table)]
+    for table in (tabulate_documents(summary.books), tabulate_nodes(summary.books)):
+        lines += _render_section(table)
+    lines += _render_section(tabulate_rejections(summary.rejections))
+    if picture:
+        lines += ["## Memory over time", "", picture, ""]
+    lines += _render_section(tabulate_partition_page(summary.partitions))
+    stepped = sorted(
+        (report for report in summary.partitions if report.steps), key=lambda report: not report.is_degraded
+    )
+    for report in stepped[:LADDERS]:
+        lines += _render_section(tabulate_ladder(report))
+    if len(stepped) > LADDERS:
+        lines += [f"... and {len(stepped) - LADDERS:,} more partitions with steps: see their ladder artifacts", ""]
+    lines += _render_section(tabulate_memory(summary.memory_series, summary.budget_series))
     return "\n".join(lines)
+
+
+def _render_section(table: Table) -> list[str]:
+    return [f"## {table.title}", "", to_markdown(table)] if table.rows else []
 
 
 def find_discrepancies(summary: RunSummary, off: Sequence[str] | None = None) -> tuple[str, ...]:
@@ -382,7 +439,10 @@ def describe_memory(summary: RunSummary) -> str:
 
 
 def describe_steps(report: PartitionReport) -> str:
-    """The ladder in one line, for a state's message: "2 oom, 1 spill; batch 64 -> 16; 3 nodes on the CPU"."""
+    """The ladder in one line, for a state's message: "2 oom, 1 spill; batch 64 -> 16; 3 nodes on the CPU (oom: ...)".
+
+    The reason is that of the first step down.
+    """
     if not report.steps:
         return "no ladder steps"
     kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(step.kind for step in report.steps).items())
@@ -392,7 +452,15 @@ def describe_steps(report: PartitionReport) -> str:
         told += f"; batch {report.steps[0].nodes_before} -> {min(batches)}"
     if report.cpu_nodes and report.device != "cpu":
         told += f"; {report.cpu_nodes} nodes on the CPU"
+    if down := next((step for step in report.steps if step.kind in STEPS_DOWN), None):
+        told += f" ({down.kind}: {shorten(down.reason)})"
     return told
+
+
+def shorten(text: str, limit: int = REASON_CHARS) -> str:
+    """On one line, and no longer than a state's message should be."""
+    one_line = " ".join(clean_text(text).split())
+    return one_line if len(one_line) <= limit else one_line[: limit - 3].rstrip() + "..."
 
 
 def describe_range(low: int, high: int) -> str:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Protocol
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import Task
 
-from tasks.engine.ingest_run import UPSERT_PATIENCE_S, IngestRun
+from tasks.engine.ingest_run import UPSERT_PATIENCE_S
 from tasks.errors import StoreUnavailable
 from tasks.records import Partition
 from tasks.states import complete
 
 RETRY_DELAYS_S = [5.0, 10.0, 20.0, 30.0]  # the last one from then on
+
+
+class StoringRun(Protocol):
+    """An ingest run, or a worker's run of a group."""
+
+    def upsert_partition(self, partition: Partition) -> int: ...
 
 
 def is_transient(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
@@ -40,7 +46,7 @@ def count_retries(outage_s: float) -> int:
     cache_policy=NO_CACHE,
     persist_result=False,
 )
-def upsert_partition(run: IngestRun, partition: Partition) -> int:
+def upsert_partition(run: StoringRun, partition: Partition) -> int:
     """The vectors are in the spool: a retry repeats no device work, and point ids make the writes repeatable."""
     stored = run.upsert_partition(partition)
     return complete(stored, f"{stored} points stored")

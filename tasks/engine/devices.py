@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from tasks.backends.host_sampler import HostSampler
+from tasks.backends.nvml import MemorySampler
 from tasks.backends.process_encoder import EncoderSpec, ProcessEncoder
 from tasks.config import BudgetSettings, EmbeddingSettings, IngestSettings
 from tasks.engine.cpu_pool import CpuPool
@@ -209,6 +211,15 @@ def start_pool_devices(
     observer.stage("device", f"loading {files.name} on {device}")
     spill = LeftForCpuPool(files.dimension) if embedding.spill_to_cpu else None
     return _start_gpu(settings, files, device, make_pool(settings, files, stop), observer, stop, spill=spill)
+
+
+def start_sampler(devices: Devices) -> MemorySampler | HostSampler:
+    """Reads the memory of what these devices embed on, from now on: the GPU's by NVML, else the host's."""
+    gpu = devices.embedder
+    uuid = gpu.info.device_uuid if gpu is not None else ""
+    sampler: MemorySampler | HostSampler = MemorySampler(device_uuids=[uuid]) if uuid else HostSampler()
+    sampler.start()
+    return sampler
 
 
 class LeftForCpuPool:

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from tasks.backends.host_sampler import HostSampler
 from tasks.backends.model_files import resolve_model
 from tasks.backends.nvml import MemorySampler
 from tasks.backends.qdrant import QdrantStore, open_store
 from tasks.backends.spool import SpoolFolder
 from tasks.backends.spool_reports import is_revoked, read_report, write_report
 from tasks.config import EmbedGroup, IngestSettings
-from tasks.engine.devices import Devices, start_pool_devices
+from tasks.engine.devices import Devices, start_pool_devices, start_sampler
 from tasks.engine.embedded import MISSING, ON_DEVICE, Embedded, start_embedding
 from tasks.engine.fingerprint import describe_recipe, find_tokenizer
 from tasks.engine.patience import STOPPED, Patience
@@ -27,12 +28,14 @@ from tasks.errors import ConfigError, ModelError, RunStopped, StoreRejected
 from tasks.observe import Observer, current_observer
 from tasks.policy.identity import compute_fingerprint
 from tasks.records import (
+    Books,
     MemoryReading,
     ModelFiles,
     Node,
     Partition,
     PartitionReport,
     PoolReport,
+    RunSummary,
     SignOfLife,
     Vectors,
 )
@@ -78,7 +81,7 @@ class EmbedRun:
         self.reports: dict[int, PartitionReport] = {}
         self.notes: list[str] = []
         self.start_up_s = age_s
-        self.sampler = MemorySampler()
+        self.sampler: MemorySampler | HostSampler | None = None
         self.devices: Devices | None = None
         self._embedded: dict[int, _Embedded] = {}
         self._stop = threading.Event()
@@ -105,10 +108,7 @@ class EmbedRun:
     def start_devices(self) -> str:
         """Load the model and calibrate; returns what this worker embeds on, and why. Raises DeviceError, ModelError."""
         self.devices = start_pool_devices(self.group.pool, self.settings, self.files, self.observer, self._stop)
-        gpu = self.devices.embedder
-        if gpu is not None and gpu.info.device_uuid:
-            self.sampler = MemorySampler(device_uuids=[gpu.info.device_uuid])
-        self.sampler.start()
+        self.sampler = start_sampler(self.devices)
         self.devices.start_clock()
         self.start_up_s += time.monotonic() - self._started
         self.observer.note(self.devices.note)
@@ -179,6 +179,39 @@ class EmbedRun:
         write_report(self.spool, partition, report)
         return int(stored.size)
 
+    def summarise(self) -> RunSummary:
+        """For the run's page: its partitions and its memory. Documents are counted by the ingest run only."""
+        reports = [self.reports[index] for index in sorted(self.reports)]
+        gpu, cpu = sum(each.gpu_nodes for each in reports), sum(each.cpu_nodes for each in reports)
+        failed = sum(len(each.failed_nodes) for each in reports)
+        books = Books(0, 0, 0, 0, 0, gpu + cpu + failed, gpu, cpu, 0, failed, 0)
+        return RunSummary(
+            collection=self.settings.qdrant.collection,
+            physical_collection=self.group.collection,
+            model=self.files.name,
+            fingerprint=self.group.fingerprint,
+            device=self.devices.device if self.devices else "none",
+            device_note=self.devices.note if self.devices else "",
+            books=books,
+            rejections=(),
+            partitions=reports,
+            memory_series=self._read_memory_series(),
+            tokens=sum(each.tokens for each in reports),
+            seconds={"total": time.monotonic() - self._started, "start-up": self.start_up_s},
+            budget_series=self.devices.budget_series if self.devices else (),
+            notes=tuple(self.notes),
+        )
+
+    def describe(self) -> str:
+        """For people: what was done, and how much of the time went into starting."""
+        reports = list(self.reports.values())
+        seconds = time.monotonic() - self._started
+        share = self.start_up_s / seconds if seconds else 0.0
+        left = sum(each.left_rows.size for each in self._embedded.values())
+        told = f"{len(reports)} partitions, {sum(each.nodes for each in reports)} nodes stored"
+        told += f", {left} left for cpu-pool" if left else ""
+        return f"{told}; start-up {self.start_up_s:.1f} s, {share:.0%} of the run"
+
     def is_spool_full(self) -> bool:
         """Never: the ingest run looks after the spool's size."""
         return False
@@ -192,7 +225,8 @@ class EmbedRun:
         self._stop.set()
         if self.devices is not None:
             self.devices.close()
-        self.sampler.stop()
+        if self.sampler is not None:
+            self.sampler.stop()
         self._signs.stop()
         self.store.close()
 
@@ -235,12 +269,15 @@ class EmbedRun:
             raise RuntimeError("embed_partition before start_devices")
         return self.devices
 
+    def _read_memory_series(self) -> tuple[MemoryReading, ...]:
+        return _thin(self.sampler.series(), READINGS) if self.sampler is not None else ()
+
     def _describe_life(self) -> SignOfLife:
         devices = self.devices
         return SignOfLife(
             beat=0,
             partition=self._current,
-            readings=_thin(self.sampler.series(), READINGS),
+            readings=self._read_memory_series(),
             marks=tuple(devices.budget_series[-READINGS:]) if devices is not None else (),
             device=devices.device if devices is not None else "",
         )

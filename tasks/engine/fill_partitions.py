@@ -123,7 +123,7 @@ def fill_partitions(
     *,
     vector_bytes: int,
 ) -> Generator[Partition, None, None]:
-    """Cut the stream into partitions and spool each one. `new_builder` is asked for the limits at the first node."""
+    """Cut the stream into partitions and spool each one. `new_builder` is asked for the limits of each."""
     waiting: list[Node] = []
     builder: PartitionBuilder | None = None
     index = 0
@@ -134,6 +134,8 @@ def fill_partitions(
         if builder.add(node.tokens, host_bytes):
             yield spool.write_partition(index, waiting, progress.fraction)
             waiting, index = [], index + 1
+            builder = new_builder()  # what workers elsewhere report may have changed the limits
+            builder.add(node.tokens, host_bytes)
         waiting.append(node)
     if waiting:
         yield spool.write_partition(index, waiting, 1.0)

@@ -15,6 +15,7 @@ from typing import TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from tasks.backends.host_sampler import HostSampler
 from tasks.backends.model_files import resolve_model
 from tasks.backends.nvml import MemorySampler
 from tasks.backends.qdrant import open_store
@@ -25,23 +26,24 @@ from tasks.config import IngestSettings
 from tasks.engine.chunk import ChunkSpec, count_workers, iter_chunked
 from tasks.engine.collection import RunCollection
 from tasks.engine.commit import Committer, Settled, get_now
-from tasks.engine.devices import Devices, start_devices
+from tasks.engine.devices import Devices, start_devices, start_sampler
 from tasks.engine.embedded import MISSING, ON_CPU, ON_DEVICE, Embedded
 from tasks.engine.fill_partitions import Progress, fill_partitions, select_new_nodes
 from tasks.engine.fingerprint import describe_recipe, find_tokenizer, make_chunk_spec
 from tasks.engine.patience import STOPPED
 from tasks.engine.select_changed import ChangeSelector
+from tasks.engine.shared_partitions import PoolDevices, SharedPartitions, check_shared, start_pools
 from tasks.errors import BooksDontClose, RunStopped, SpoolError, StoreRejected
 from tasks.observe import Observer, current_observer
 from tasks.policy.books import Ledgerbook
 from tasks.policy.identity import compute_fingerprint
 from tasks.policy.partitions import MIN_PARTITION_TOKENS, PartitionBuilder, choose_partition_tokens
-from tasks.records import Books, ModelFiles, Node, Partition, PartitionReport, RunSummary, Vectors
+from tasks.records import Books, MemoryReading, ModelFiles, Node, Partition, PartitionReport, RunSummary, Vectors
 
 logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
-StartDevices: TypeAlias = Callable[[IngestSettings, ModelFiles, Observer, threading.Event], Devices]
+StartDevices: TypeAlias = Callable[[IngestSettings, ModelFiles, Observer, threading.Event], Devices | PoolDevices]
 
 # The task that stores a partition is repeated by Prefect, which shows it: see tasks/upsert.py.
 UPSERT_PATIENCE_S = 20.0
@@ -86,8 +88,8 @@ class IngestRun:
         self.notes: list[str] = []
         self.reports: dict[int, PartitionReport] = {}
         self._stored: set[int] = set()
-        self.sampler = MemorySampler()
-        self.devices: Devices | None = None
+        self.sampler: MemorySampler | HostSampler | None = None
+        self.devices: Devices | PoolDevices | None = None
         self._books_lock = threading.Lock()
         self._devices_lock = threading.Lock()
         self._source_lock = threading.Lock()
@@ -103,6 +105,18 @@ class IngestRun:
         self._stage_seconds["prepare"] = time.monotonic() - self._started
         progress = Progress(source.total_bytes())
         self.committer = Committer(collection, self.books, self._books_lock, max_attempts=settings.source.max_attempts)
+        self.shared = SharedPartitions(
+            settings,
+            self.spool,
+            collection,
+            self.committer,
+            self.books,
+            self.reports,
+            observer,
+            fingerprint=self.fingerprint,
+            books_lock=self._books_lock,
+            store_lock=self._store_lock,
+        )
         self._selector = ChangeSelector(
             collection,
             lambda ref: hash_content(ref, settings.source),
@@ -145,10 +159,8 @@ class IngestRun:
                 self.devices = self._start_devices(self.settings, self.files, self.observer, self._stop)
             finally:
                 self._devices_ready.set()
-            gpu = self.devices.embedder
-            if gpu is not None and gpu.info.device_uuid:
-                self.sampler = MemorySampler(device_uuids=[gpu.info.device_uuid])
-            self.sampler.start()
+            if isinstance(self.devices, Devices):
+                self.sampler = start_sampler(self.devices)
             self.devices.start_clock()
         with self._books_lock:
             self._stage_seconds["until_devices_ready"] = time.monotonic() - self._started
@@ -302,7 +314,8 @@ class IngestRun:
             # By hand: where an error ended a later stage, its traceback keeps this generator and its processes alive.
             self._chunked.close()
             self._selected.close()
-        self.sampler.stop()
+        if self.sampler is not None:
+            self.sampler.stop()
         with self._store_lock:  # what keeps the next run away must not end before this one's last write
             self.spool.unlock()
             self.store.close()
@@ -327,8 +340,8 @@ class IngestRun:
         self.store.check_room(self.physical, self._points_before + self.committer.growth_points)
 
     def _need_devices(self) -> Devices:
-        if self.devices is None:
-            raise RuntimeError("embed_partition before start_devices")
+        if not isinstance(self.devices, Devices):
+            raise RuntimeError("embed_partition before start_devices, or where work pools embed")  # noqa: TRY004
         return self.devices
 
     def _end_of_source(self) -> None:
@@ -359,6 +372,11 @@ class IngestRun:
             with self._books_lock:
                 self._stage_seconds[stage] += time.monotonic() - started
 
+    def _read_memory_series(self) -> Sequence[MemoryReading]:
+        if isinstance(self.devices, PoolDevices):
+            return self.devices.memory_series
+        return self.sampler.series() if self.sampler is not None else ()
+
     def _summarise(self, books: Books) -> RunSummary:
         reports = [self.reports[index] for index in sorted(self.reports)]
         return RunSummary(
@@ -371,7 +389,7 @@ class IngestRun:
             books=books,
             rejections=self.books.rejections(),
             partitions=reports,
-            memory_series=self.sampler.series(),
+            memory_series=self._read_memory_series(),
             budget_series=self.devices.budget_series if self.devices else (),
             tokens=sum(report.tokens for report in reports),
             seconds=dict(self._stage_seconds),
@@ -384,7 +402,7 @@ def open_run(
     environment: Mapping[str, str] | None = None,
     *,
     chunk_workers: int | None = None,
-    start: StartDevices = start_devices,
+    start: StartDevices | None = None,
 ) -> IngestRun:
     """Everything that can be refused is refused here, before a model is loaded: source, model files, collection.
 
@@ -404,6 +422,8 @@ def open_run(
     stop = threading.Event()
     store = open_store(settings.qdrant, settings.data_folder, environment=environment or os.environ)
     try:
+        if settings.pools.enabled:
+            check_shared(settings, is_embedded=store.is_embedded)
         collection = RunCollection(
             store, settings.qdrant, files, fingerprint, source.key, recipe=recipe, stop=stop, note=observer.note
         )
@@ -416,7 +436,7 @@ def open_run(
             observer,
             stop,
             chunk_workers=chunk_workers,
-            start=start,
+            start=start or (start_pools if settings.pools.enabled else start_devices),
             started=started,
         )
     except BaseException:

@@ -1,0 +1,20 @@
+"""Task: open a worker's run of a group. What this worker must not do is refused here, before a model is loaded."""
+
+from __future__ import annotations
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.runtime import flow_run
+
+from tasks.backends.processes import read_process_age_s
+from tasks.config import EmbedGroup, IngestSettings
+from tasks.engine import embed_run
+from tasks.secrets import read_environment
+
+
+@task(name="open group", cache_policy=NO_CACHE, persist_result=False)
+def open_group(settings: IngestSettings, group: EmbedGroup) -> embed_run.EmbedRun:
+    """Raises the errors of engine.embed_run.open_group()."""
+    return embed_run.open_group(
+        settings, group, read_environment(), run_id=str(flow_run.get_id()), age_s=read_process_age_s()
+    )
