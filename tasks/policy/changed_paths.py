@@ -39,7 +39,7 @@ def check_changed_path(path: str) -> str | None:
         if not part:
             return "has an empty part: // in it, or / at its end. Name one file, not a folder"
         if part in (".", ".."):
-            return f"has {part} as a part. Name the file as the source lists it, without . and .."
+            return f"has {part} as a part. Name the file as the source lists it"
     return None
 
 

@@ -1,0 +1,137 @@
+"""From a request to a Delivery: size, signature, JSON, names, in this order; nothing of an unsigned body is looked at."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+import uuid
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+from deployments.receiver.bodies import read_json
+from deployments.receiver.config import CloudEventsHook, GenericHook, GithubHook, Hook, ReceiverSettings, S3Hook
+from deployments.receiver.journal import Delivery
+from deployments.receiver.mapping import map_delivery
+from deployments.receiver.refused import Refused
+from deployments.receiver.signatures import read_standard, verify_bearer, verify_github, verify_standard
+from tasks.policy.changed_paths import show_path
+
+# What an id may be to stand in an address and a log line; all that senders of note make fit.
+DELIVERY_ID = r"[A-Za-z0-9][A-Za-z0-9._:~-]{0,127}"
+
+
+async def read_body(
+    headers: Mapping[str, str], chunks: AsyncIterator[bytes], *, max_bytes: int, timeout_s: float
+) -> bytes:
+    """Raises Refused: 413 as soon as it is too long, announced or not; 408 where it does not come; 400 for a bad length."""
+    announced = headers.get("content-length")
+    if announced is not None:
+        if not (announced.isascii() and announced.isdigit()):
+            raise Refused(400, "Content-Length is not a number. Send the body's length in bytes.")
+        if len(announced) > 15 or int(announced) > max_bytes:
+            raise _too_large(f"{announced[:15]} bytes", max_bytes)
+    parts: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(timeout_s):
+            async for chunk in chunks:
+                size += len(chunk)
+                if size > max_bytes:
+                    raise _too_large("longer", max_bytes)
+                parts.append(chunk)
+    except TimeoutError:
+        raise Refused(408, f"The body took more than {timeout_s:g} s to arrive. Send it again.") from None
+    return b"".join(parts)
+
+
+def _too_large(size: str, max_bytes: int) -> Refused:
+    return Refused(
+        413,
+        f"The body is {size}; the limit is {max_bytes:,} bytes. Name fewer documents a delivery, or send {{}} for the whole "
+        "source; the operator can raise max_body_bytes.",
+    )
+
+
+def check_before_body(hook: Hook, keys: Sequence[bytes], headers: Mapping[str, str]) -> None:
+    """What can be refused without the body: no or a wrong token (401), no signature (401), no JSON (415)."""
+    if hook.auth == "bearer":
+        verify_bearer(keys, headers)
+    elif isinstance(hook, GithubHook):
+        if not headers.get("x-hub-signature-256"):
+            verify_github(keys, headers, b"")
+    else:
+        read_standard(headers)
+    media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json" and not (
+        media_type.startswith("application/") and media_type.endswith("+json")
+    ):
+        raise Refused(
+            415, f"Content-Type is {show_path(media_type)}. Send application/json (GitHub: the webhook's content type)."
+        )
+
+
+def to_delivery(
+    name: str,
+    hook: Hook,
+    keys: Sequence[bytes],
+    headers: Mapping[str, str],
+    body: bytes,
+    settings: ReceiverSettings,
+    now: float,
+) -> Delivery:
+    """Raises Refused 401 for the signature, 400 and 422 for the body. Pure."""
+    signed_id: str | None = None
+    if hook.auth == "hmac":
+        if isinstance(hook, GithubHook):
+            verify_github(keys, headers, body)
+        else:
+            signed_id = verify_standard(keys, headers, body, now=now, tolerance_s=settings.tolerance_s)
+    digest = hashlib.sha256(body).hexdigest()
+    mapped = map_delivery(hook, headers, _read_tree(hook, headers, body))
+    delivery_id = signed_id or _find_id(hook, headers, mapped.event_id, digest)
+    if re.fullmatch(DELIVERY_ID, delivery_id) is None:
+        raise Refused(
+            400,
+            f"The delivery id {show_path(delivery_id)} can't be used: send 1 to 128 letters, digits and . _ : ~ - that begin "
+            "with a letter or a digit.",
+        )
+    return Delivery(
+        name,
+        delivery_id,
+        digest,
+        mapped.status,
+        mapped.ignored,
+        mapped.changed,
+        # GitHub's delivery id is not signed, its body is; a body says which push it is.
+        is_body_unique=isinstance(hook, GithubHook) and mapped.status == "accepted",
+    )
+
+
+def _read_tree(hook: Hook, headers: Mapping[str, str], body: bytes) -> Any:
+    # An event in binary mode may have no data.
+    return None if not body and isinstance(hook, CloudEventsHook) and "ce-id" in headers else read_json(body)
+
+
+def _find_id(hook: Hook, headers: Mapping[str, str], event_id: str | None, digest: str) -> str:
+    """The id where no signature covers one."""
+    match hook:
+        case GithubHook():
+            delivery_id = headers.get("x-github-delivery", "")
+            if not delivery_id:
+                raise Refused(400, "X-GitHub-Delivery is missing: it is what makes a delivery known again.")
+            return delivery_id
+        case CloudEventsHook():
+            # An event's id may be any text.
+            given = event_id or digest
+            return (
+                given
+                if re.fullmatch(DELIVERY_ID, given)
+                else f"event-{hashlib.sha256(given.encode()).hexdigest()[:32]}"
+            )
+        case S3Hook():
+            # MinIO gives none; its records hold a sequencer and the time, so that only a repetition has the same body.
+            return headers.get("webhook-id") or digest[:32]
+        case GenericHook():
+            # Without an id each is a new one: {} from cron every night is meant each time.
+            return headers.get("webhook-id") or str(uuid.uuid4())
