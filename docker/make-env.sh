@@ -26,7 +26,7 @@ umask 077
 trap 'rm -f .env.part' EXIT
 while IFS= read -r line; do
   case $line in
-    POSTGRES_PASSWORD= | REDIS_PASSWORD= | QDRANT_API_KEY= | BALLAST_WEBHOOK_SECRET=)
+    POSTGRES_PASSWORD= | REDIS_PASSWORD= | QDRANT_API_KEY= | BALLAST_WEBHOOK_SECRET_DOCUMENTS=)
       secret=$(openssl rand -hex 32)
       printf '%s%s\n' "$line" "$secret"
       ;;
