@@ -37,6 +37,7 @@ from tasks.report import (
     tabulate_memory,
     tabulate_models,
     tabulate_nodes,
+    tabulate_partition_page,
     tabulate_partitions,
     tabulate_plan,
     tabulate_probes,
@@ -94,6 +95,7 @@ TABLES = [
     tabulate_nodes(BOOKS),
     tabulate_run(SUMMARY),
     tabulate_partitions(SUMMARY.partitions),
+    tabulate_partition_page(SUMMARY.partitions),
     tabulate_ladder(DEGRADED),
     tabulate_rejections(SUMMARY.rejections),
     tabulate_memory(SUMMARY.memory_series, SUMMARY.budget_series),
@@ -127,6 +129,50 @@ def test_report_shows_what_happened() -> None:
     assert re.search(r"\| 2\.0 s \| GPU-1 \| .* \| 4\.00 GiB \| 32 \|", report)
     # A document's name can't break the table or become a tag.
     assert r"| bad\|name .pdf | failed | read | not a PDF: \<script\> |" in report
+
+
+def test_report_tells_the_books_first_then_what_failed_then_how_it_went() -> None:
+    report = render_report(SUMMARY, (), "![memory](data:image/png;base64,xyz)")
+    assert re.findall(r"^## (.*)$", report, re.MULTILINE) == [
+        "Documents", "Nodes", "Not ingested", "Memory over time", "Partitions", "Ladder of partition 1", "Device memory",
+    ]  # fmt: skip
+    assert "\n![memory](data:image/png;base64,xyz)\n" in report
+
+
+def test_a_report_of_very_many_partitions_stays_a_page() -> None:
+    many = [replace(DEGRADED, index=index) for index in range(3000)]
+    report = render_report(replace(SUMMARY, partitions=many))
+    assert len(report) < 100_000
+    assert "... and 2,800 more" in report
+    assert "... and 2,990 more partitions with steps" in report
+
+
+@settings(deadline=None)
+@given(
+    fates=st.lists(st.sampled_from(["smooth", "degraded", "failed"]), min_size=1, max_size=60), limit=st.integers(1, 20)
+)
+def test_a_page_of_partitions_has_the_worst_and_the_sum_of_all(fates: list[str], limit: int) -> None:
+    made = {
+        "smooth": SMOOTH,
+        "degraded": DEGRADED,
+        "failed": replace(SMOOTH, gpu_nodes=99, failed_nodes={"a": "no place"}),
+    }
+    reports = [replace(made[fate], index=index) for index, fate in enumerate(fates)]
+    table = tabulate_partition_page(reports, limit)
+    rows = [dict(zip((column.key for column in table.columns), row, strict=True)) for row in table.rows]
+    single, total = rows[: min(limit, len(reports))], rows[min(limit, len(reports)) :]
+    shown = [int(str(row["index"])) for row in single]
+    assert shown == sorted(shown)
+    assert table.left_out == len(reports) - len(shown)
+    order = ["failed", "degraded", "smooth"]
+    left = [order.index(fate) for index, fate in enumerate(fates) if index not in shown]
+    assert max(order.index(fates[index]) for index in shown) <= min(left, default=2)
+    for row in total:
+        assert row["index"] == f"all {len(reports)}"
+        assert row["nodes"] == 100 * len(reports)
+        assert row["failed"] == fates.count("failed")
+        assert row["spilled"] == 2 * fates.count("degraded")
+    assert len(total) == (len(reports) > 1)
 
 
 def test_report_names_the_line_that_is_off() -> None:
@@ -163,7 +209,13 @@ def test_thinned_series_keeps_order_and_the_peak_of_every_device(used: list[tupl
 
 
 def test_ladder_in_one_line() -> None:
-    assert describe_steps(DEGRADED) == "1 oom, 1 spill; batch 64 -> 32; 2 nodes on the CPU"
+    told = "1 oom, 1 spill; batch 64 -> 32; 2 nodes on the CPU (oom: CUDA out of memory)"
+    assert describe_steps(DEGRADED) == told
+    grown = replace(OOM, kind="grow", reason="a run of micro-batches went through", nodes_before=32, nodes_after=64)
+    assert describe_steps(replace(SMOOTH, steps=(grown,))) == "1 grow; batch 32 -> 64"
+    long = describe_steps(replace(SMOOTH, steps=(replace(OOM, reason="no memory\n" * 100),)))
+    assert len(long) < 300
+    assert "\n" not in long
     assert describe_steps(SMOOTH) == "no ladder steps"
 
 
