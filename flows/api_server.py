@@ -18,6 +18,9 @@ from tasks.errors import ApiUnavailable
 
 logger = logging.getLogger(__name__)
 
+# Tells tasks.exclusive that nobody else can ask this server: there is nobody to exclude.
+EMBEDDED_API = "BALLAST_EMBEDDED_API"
+
 # Measured on two slow cores: 3 s on an existing database, 9-13 s on a new one, of which 5-6 s of CPU are Prefect's 114
 # schema migrations. A machine that is busy embedding takes a multiple of it.
 START_TIMEOUT_S = 90.0
@@ -183,7 +186,8 @@ def route_client(url: str) -> Iterator[None]:
     # Three places, since each is blind to another: children inherit the environment, threads of our own see only the
     # global settings, and a settings context that is already entered hides both.
     try:
-        with changed_environment({"PREFECT_API_URL": url, "no_proxy": bypass, "NO_PROXY": bypass}):
+        changes = {"PREFECT_API_URL": url, EMBEDDED_API: "1", "no_proxy": bypass, "NO_PROXY": bypass}
+        with changed_environment(changes):
             refresh_global_settings_context()
             with temporary_settings({PREFECT_API_URL: url}):
                 yield
