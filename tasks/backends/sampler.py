@@ -27,10 +27,13 @@ class Sampler:
         *,
         max_readings: int = MAX_READINGS,
         clock: Callable[[], float] = time.monotonic,
+        on_reading: Callable[[MemoryReading], None] = lambda _reading: None,
     ) -> None:
+        """`on_reading` is told of each reading, by the sampler's thread; it must not raise."""
         self._interval_s = interval_s
         self._max_readings = max(2, max_readings)
         self._clock = clock
+        self._on_reading = on_reading
         self._started_s = 0.0
         self._readings: list[MemoryReading] = []
         self._lock = threading.Lock()
@@ -65,6 +68,8 @@ class Sampler:
         readings = self._read(self._clock() - self._started_s)
         with self._lock:
             self._readings = self._thin_out([*self._readings, *readings])
+        for reading in readings:
+            self._on_reading(reading)
 
     # ------------------------------------------------------------------------------------------ for subclasses
 

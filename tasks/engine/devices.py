@@ -15,6 +15,7 @@ import numpy as np
 from tasks.backends.host_sampler import HostSampler
 from tasks.backends.nvml import MemorySampler
 from tasks.backends.process_encoder import EncoderSpec, ProcessEncoder
+from tasks.backends.sampler import Sampler
 from tasks.config import BudgetSettings, EmbeddingSettings, IngestSettings
 from tasks.engine.cpu_pool import CpuPool
 from tasks.engine.embed_nodes import NodeEmbedder
@@ -127,7 +128,11 @@ class Devices:
             self._mark(step.nodes_after, step.budget_after_bytes, step=step.kind)
             self.observer.ladder_step(partition_index, step)
 
-        return Watch(progress, on_step, self._mark)
+        def on_memory(nodes: int, budget_bytes: int, predicted_bytes: int, peak_bytes: int | None) -> None:
+            self._mark(nodes, budget_bytes, predicted_bytes, peak_bytes)
+            self.observer.micro_batch_measured(nodes, budget_bytes, predicted_bytes, peak_bytes)
+
+        return Watch(progress, on_step, on_memory)
 
     def embed(self, token_ids: Sequence[TokenIds], partition_index: int) -> Embedded:
         """On the GPU, what it can't place goes to the pool; one caller at a time."""
@@ -213,11 +218,12 @@ def start_pool_devices(
     return _start_gpu(settings, files, device, make_pool(settings, files, stop), observer, stop, spill=spill)
 
 
-def start_sampler(devices: Devices) -> MemorySampler | HostSampler:
+def start_sampler(devices: Devices) -> Sampler:
     """Reads the memory of what these devices embed on, from now on: the GPU's by NVML, else the host's."""
     gpu = devices.embedder
     uuid = gpu.info.device_uuid if gpu is not None else ""
-    sampler: MemorySampler | HostSampler = MemorySampler(device_uuids=[uuid]) if uuid else HostSampler()
+    tell = devices.observer.memory_read
+    sampler: Sampler = MemorySampler(device_uuids=[uuid], on_reading=tell) if uuid else HostSampler(on_reading=tell)
     sampler.start()
     return sampler
 

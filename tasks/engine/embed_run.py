@@ -12,10 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.backends.host_sampler import HostSampler
 from tasks.backends.model_files import resolve_model
-from tasks.backends.nvml import MemorySampler
 from tasks.backends.qdrant import QdrantStore, open_store
+from tasks.backends.sampler import Sampler
 from tasks.backends.spool import SpoolFolder
 from tasks.backends.spool_reports import is_revoked, read_report, write_report
 from tasks.config import EmbedGroup, IngestSettings
@@ -65,31 +64,30 @@ class EmbedRun:
         files: ModelFiles,
         store: QdrantStore,
         spool: SpoolFolder,
+        signs: SignsOfLife,
         observer: Observer,
         *,
-        run_id: str,
-        age_s: float = 0.0,
+        start_up_s: float = 0.0,
     ) -> None:
-        """`age_s`: how old the process was when the run was opened; what start-up took besides the model."""
+        """`signs` beat already; `start_up_s`: how old the process is, the model not loaded yet."""
         self.settings = settings
         self.group = group
         self.files = files
         self.store = store
         self.spool = spool
         self.observer = observer
-        self.run_id = run_id
         self.reports: dict[int, PartitionReport] = {}
         self.notes: list[str] = []
-        self.start_up_s = age_s
-        self.sampler: MemorySampler | HostSampler | None = None
+        self.start_up_s = start_up_s
+        self.sampler: Sampler | None = None
         self.devices: Devices | None = None
         self._embedded: dict[int, _Embedded] = {}
         self._stop = threading.Event()
         self._patience = Patience(settings.qdrant.outage_s, self._stop, self.tell)
         self._started = time.monotonic()
         self._current: int | None = None
-        self._signs = SignsOfLife(spool, run_id, self._describe_life)
-        self._signs.start()
+        self._signs = signs
+        signs.describe = self._describe_life
 
     def partitions(self) -> Sequence[Partition]:
         """In the group's order; `source_fraction` is of the group."""
@@ -169,7 +167,7 @@ class EmbedRun:
         report = PoolReport(
             partition=self.reports[partition.index],
             pool=self.group.pool,
-            run_id=self.run_id,
+            run_id=self._signs.run_id,
             start_up_s=self.start_up_s,
             stored_rows=None if is_all else [int(row) for row in stored],
             left_rows=[int(row) for row in embedded.left_rows],
@@ -248,12 +246,14 @@ class EmbedRun:
 
     def _upsert(self, nodes: Sequence[Node], vectors: Vectors) -> None:
         ids, payloads = [node.node_id for node in nodes], [node.payload for node in nodes]
+        started = time.monotonic()
         self._patience.wait_for(lambda: self.store.upsert(self.group.collection, ids, vectors, payloads))
+        self.observer.points_stored(len(ids), time.monotonic() - started)
 
     def _refuse_if_not_ours(self, partition: Partition) -> None:
         """Points of a partition that has been taken away could be older by now than what is stored."""
         self._refuse_if_stopped()
-        if is_revoked(self.spool, self.run_id) or not self.spool.has_partition(partition):
+        if is_revoked(self.spool, self._signs.run_id) or not self.spool.has_partition(partition):
             self._stop.set()
             raise RunStopped(
                 f"Partition {partition.index} is not this run's any more: the ingest run has ended, or took it for dead. "
@@ -324,29 +324,38 @@ def open_group(
     age_s: float = 0.0,
 ) -> EmbedRun:
     """Refuses what this worker must not do: another model, no shared Qdrant. Raises ModelError, ConfigError, StoreError."""
+    started = time.monotonic()
     observer = current_observer.get()
-    observer.stage("model", settings.embedding.model)
-    files = resolve_model(settings.embedding.model, settings.embedding.revision)
-    fingerprint = compute_fingerprint(describe_recipe(settings, files, find_tokenizer(files, settings.data_folder)))
+    spool = SpoolFolder(group.spool)
+    # Before the model is looked for: a hub can take minutes, and who is silent counts as dead.
+    signs = SignsOfLife(spool, run_id)
+    signs.start()
+    try:
+        observer.stage("model", settings.embedding.model)
+        files = resolve_model(settings.embedding.model, settings.embedding.revision)
+        tokenizer_file = find_tokenizer(files, settings.data_folder)
+        _refuse_other_model(files, compute_fingerprint(describe_recipe(settings, files, tokenizer_file)), group)
+        store = open_store(settings.qdrant, settings.data_folder, environment=environment or os.environ)
+        if store.is_embedded:
+            store.close()
+            raise ConfigError(
+                "Workers need a Qdrant server, an embedded one belongs to one process. Set qdrant.url, or QDRANT_URL where "
+                "the worker runs."
+            )
+    except BaseException:
+        signs.stop()
+        raise
+    start_up_s = age_s + time.monotonic() - started
+    return EmbedRun(settings, group, files, store, spool, signs, observer, start_up_s=start_up_s)
+
+
+def _refuse_other_model(files: ModelFiles, fingerprint: str, group: EmbedGroup) -> None:
     if fingerprint != group.fingerprint:
         raise ModelError(
             f"This worker's {files.name}, revision {files.revision}, or one of its parsers, is not the ingest run's: its "
             f"fingerprint is {fingerprint}, the run's {group.fingerprint}. Install the same Ballast and the same model "
             "revision on both; embedding.revision pins it."
         )
-    store = open_store(settings.qdrant, settings.data_folder, environment=environment or os.environ)
-    if store.is_embedded:
-        store.close()
-        raise ConfigError(
-            "Workers need a Qdrant server, an embedded one belongs to one process. Set qdrant.url, or QDRANT_URL where the "
-            "worker runs."
-        )
-    try:
-        spool = SpoolFolder(group.spool)
-        return EmbedRun(settings, group, files, store, spool, observer, run_id=run_id, age_s=age_s)
-    except BaseException:
-        store.close()
-        raise
 
 
 def _nothing(dimension: int) -> tuple[NDArray[np.int64], Vectors]:
