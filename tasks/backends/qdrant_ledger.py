@@ -20,7 +20,7 @@ from tasks.backends.qdrant_collections import MARKS_SOURCE, name_ledger
 from tasks.backends.qdrant_documents import delete_ids
 from tasks.backends.qdrant_pages import Pages
 from tasks.errors import StoreRejected
-from tasks.records import LedgerRecord
+from tasks.records import LedgerRecord, LedgerStatus
 
 if TYPE_CHECKING:
     from qdrant_client import QdrantClient, models
@@ -110,6 +110,10 @@ class Ledger:
         """Source -> when a run of it last closed its books here, as write_mark() was told; also of one without documents."""
         return {mark.doc_id: mark.updated_at for page in self.scroll(MARKS_SOURCE) for mark in page}
 
+    def read_mark(self, source: str) -> LedgerRecord | None:
+        """What write_mark() was told last of one source: its `doc_id`; None: nothing."""
+        return self.read(MARKS_SOURCE, [source]).get(source)
+
     # ------------------------------------------------------------------------------------------ writing
 
     def write(self, records: Sequence[LedgerRecord]) -> None:
@@ -120,9 +124,12 @@ class Ledger:
         for batch in split_batches(sizes, max_points=_RECORDS_PER_REQUEST, max_bytes=_BYTES_PER_REQUEST):
             self._upsert(ids[batch], payloads)
 
-    def write_mark(self, source: str, closed_at: str) -> None:
-        """Say that a run of `source` closed its books here, all documents written, at that time (ISO; empty: not closed)."""
-        self.write([LedgerRecord(MARKS_SOURCE, source, "done", "", updated_at=closed_at)])
+    def write_mark(self, source: str, closed_at: str, status: LedgerStatus = "done") -> None:
+        """Say that a run of `source` closed its books here, all documents written, at that time (ISO; empty: not so).
+
+        status: "pending" while a run writes, "failed" where its books closed and some documents failed.
+        """
+        self.write([LedgerRecord(MARKS_SOURCE, source, status, "", updated_at=closed_at)])
 
     def remove(self, source: str, doc_ids: Sequence[str]) -> None:
         """Forget these documents; those without a record are no error."""

@@ -64,6 +64,8 @@ class RunCollection:
         self.ledger = store.ledger(self.physical)
         self._is_made = False
         self._is_written = False
+        self._is_whole_run = True
+        self._mark_before: LedgerRecord | None = None  # of a changed-paths run
         if self.plan.exists:
             self.make()  # there already: completed where an earlier run was killed while it made it
         # A source without any record and any point can be embedded while Qdrant is away: there is nothing to ask it.
@@ -84,6 +86,21 @@ class RunCollection:
                     recipe=self._recipe,
                 )
                 self._is_made = True
+
+    def read_mark(self) -> LedgerRecord | None:
+        """What the ledger says of this source as a whole."""
+        return self.wait_for(lambda: self.ledger.read_mark(self.source)) if self._is_made else None
+
+    def begin_changed(self, mark: LedgerRecord | None) -> None:
+        """This run looks at some documents only; `mark` is what read_mark() said, None: it looks at none.
+
+        The source counts as cut off from here on, until finish(): where this run is killed before its first point, nobody
+        else knows which documents it was to look at.
+        """
+        self._is_whole_run = False
+        self._mark_before = mark
+        if mark is not None:
+            self.wait_for(lambda: self.ledger.write_mark(self.source, "", "pending"))
 
     # ------------------------------------------------------------------------------------------ reading
 
@@ -141,7 +158,7 @@ class RunCollection:
             return
         self.make()
         if not self._is_written:
-            self.wait_for(lambda: self.ledger.write_mark(self.source, ""))
+            self.wait_for(lambda: self.ledger.write_mark(self.source, "", "pending"))
             self._is_written = True
         self.wait_for(lambda: self.ledger.write(records))
 
@@ -163,9 +180,13 @@ class RunCollection:
         closed_at: ISO time. lost: why readers would lose documents of this source with the switch; empty where they don't.
         Returns what happened, for people; empty where this is no rebuild.
         """
+        if not self._is_whole_run:
+            self._finish_changed(closed_at, documents_failed)
+            return ""
         kept = f"{self.name!r} stays {self.plan.live} for now"
         if documents_failed:
-            # Not marked: others that wait for this source go on waiting.
+            # Not closed: others that wait for this source go on waiting.
+            self.wait_for(lambda: self.ledger.write_mark(self.source, "", "failed"))
             told = f"{kept}: {documents_failed} documents failed. Mend them and run again; or see `ballast failures`."
             return told if self.plan.is_rebuild else ""
         if self._is_written or not self.wait_for(self.ledger.read_marks).get(self.source):
@@ -188,6 +209,20 @@ class RunCollection:
             f"{self.name!r} is {self.physical} now. The old one, {live}, is kept: "
             f"`ballast collections --collection {self.name} --drop-old` removes it."
         )
+
+    def _finish_changed(self, closed_at: str, documents_failed: int) -> None:
+        """As whole as the source was before, unless a document failed; as new as this run where it wrote anything.
+
+        It never goes into a collection that is being built, so a mark never makes one look newer than what readers have.
+        """
+        before = self._mark_before
+        if before is None:
+            return
+        if documents_failed or before.status == "failed":
+            self.wait_for(lambda: self.ledger.write_mark(self.source, "", "failed"))
+        else:
+            at = closed_at if self._is_written else before.updated_at
+            self.wait_for(lambda: self.ledger.write_mark(self.source, at))
 
     def _find_lacking_sources(self, live: str) -> list[str]:
         """Sources of the live collection whose last green run here is missing, or older than their last one there."""

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
+from tasks.backends.changed_listing import ChangedPaths, is_table
 from tasks.config import DeleteSettings
 from tasks.engine.collection import RunCollection
 from tasks.policy.books import Ledgerbook
@@ -60,11 +61,19 @@ class Committer:
     """One source's documents in one collection. Safe to call from several threads; `lock` guards the books."""
 
     def __init__(
-        self, collection: RunCollection, books: Ledgerbook, lock: threading.Lock, *, max_attempts: int
+        self,
+        collection: RunCollection,
+        books: Ledgerbook,
+        lock: threading.Lock,
+        *,
+        max_attempts: int,
+        changed: ChangedPaths | None = None,
     ) -> None:
+        """`changed`: the documents that the run looks at; None: all of the source."""
         self.collection = collection
         self.books = books
         self.max_attempts = max_attempts
+        self._changed = changed
         self._lock = lock
         self._open: dict[str, _Open] = {}
         self._commit_lock = threading.Lock()
@@ -171,17 +180,20 @@ class Committer:
     def settle(self, deletes: DeleteSettings) -> Settled:
         """Write the failures, delete what has left the source, count what is there. Only after a whole listing.
 
+        Where the run looked at changed paths only: all of it about these, and their points are counted, not the source's.
         Raises StoreError; nothing is half done that the next run would not finish.
         """
         self.commit_whole()
         self._write_failures()
+        if self._changed is not None:
+            return self._settle_changed(deletes, self._changed)
         ledger = self.collection.wait_for(lambda: self._read_ledger(self.collection.scroll_records()))
-        decision = self._decide(ledger, deletes)
+        decision = self._decide(ledger, deletes, is_whole=True)
         self._delete((*decision.delete, *decision.forget))
         lost = None
         if self.collection.plan.is_rebuild:
             live = self.collection.wait_for(lambda: self._read_ledger(self.collection.scroll_live_records()))
-            lost = self._decide(live, deletes)
+            lost = self._decide(live, deletes, is_whole=True)
         deleted = {record.doc_id for record in (*decision.delete, *decision.forget)}
         with self._lock:
             self.books.documents_deleted = len(decision.delete)
@@ -191,6 +203,55 @@ class Committer:
         expected = ledger.points - sum(record.nodes for record in decision.delete if record.status == "done")
         pending = tuple(doc_id for doc_id in ledger.pending if doc_id not in deleted)
         return Settled(decision, points_expected=expected, points_counted=counted, pending=pending, lost=lost)
+
+    def _settle_changed(self, deletes: DeleteSettings, changed: ChangedPaths) -> Settled:
+        records, known = self._read_changed(changed)
+        facts = self._read_ledger(records)
+        if known is None and sum(record.has_points for record in facts.gone) > deletes.max_documents:
+            # Only now does it matter of how many documents these are.
+            known = self.collection.wait_for(lambda: sum(each.has_points for each in self.collection.scroll_records()))
+        facts.known = known or 0
+        decision = self._decide(facts, deletes, is_whole=False)
+        self._delete((*decision.delete, *decision.forget))
+        with self._lock:
+            self.books.documents_deleted = len(decision.delete)
+            self.books.documents_withheld = len(decision.withheld)
+        deleted = {record.doc_id for record in (*decision.delete, *decision.forget)}
+        # By document, the deleted ones too: what the whole source has would take its whole ledger to compare with.
+        committed = [record for record in records if record.status == "done"]
+        counts = self.collection.count_generations([record.doc_id for record in committed]) if committed else {}
+        return Settled(
+            decision,
+            points_expected=sum(record.nodes for record in committed if record.doc_id not in deleted),
+            points_counted=sum(counts.values()),
+            pending=tuple(doc_id for doc_id in facts.pending if doc_id not in deleted),
+        )
+
+    def _read_changed(self, changed: ChangedPaths) -> tuple[list[LedgerRecord], int | None]:
+        """What the ledger has of the documents looked at, and how many documents of the source have points, if that is known.
+
+        By id, unless a path may stand for others: a table, a folder, and what is neither in the source nor in the ledger.
+        """
+        with self._lock:
+            seen = self.books.list_seen()
+        named = {path: f"./{path}" for path in changed.paths}  # Listed.set_row_names_apart()
+        found = dict(self.collection.read_written_records([*named, *named.values()]))
+        is_alone = all(
+            not is_table(path) and (path in seen or path in found or apart in seen) for path, apart in named.items()
+        )
+        if is_alone:
+            found |= self.collection.read_written_records(sorted(seen - found.keys()))
+            return list(found.values()), None
+
+        def read_all() -> tuple[list[LedgerRecord], int]:
+            records, known = [], 0
+            for record in self.collection.scroll_records():
+                known += record.has_points
+                if changed.has(record.doc_id) or record.doc_id in seen:
+                    records.append(record)
+            return records, known
+
+        return self.collection.wait_for(read_all)
 
     def _read_ledger(self, records: Iterable[LedgerRecord]) -> _LedgerFacts:
         """One pass, in memory bounded by what is not in order."""
@@ -207,10 +268,11 @@ class Committer:
                 (facts.pending if record.status == "pending" else facts.failed).append(record.doc_id)
         return facts
 
-    def _decide(self, facts: _LedgerFacts, deletes: DeleteSettings) -> DeleteDecision:
+    def _decide(self, facts: _LedgerFacts, deletes: DeleteSettings, *, is_whole: bool) -> DeleteDecision:
         with self._lock:
             covered = [each.covers for each in self.books.rejections() if each.covers is not None]
-            listed = self.books.documents_in_source
+            # A listing of changed paths is empty where all of them are gone; that the source is there, it has made sure.
+            listed = self.books.documents_in_source if is_whole else None
         return decide_deletes(
             facts.gone,
             known=facts.known,

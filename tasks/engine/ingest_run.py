@@ -15,11 +15,10 @@ from typing import TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.backends.host_sampler import HostSampler
 from tasks.backends.model_files import resolve_model
-from tasks.backends.nvml import MemorySampler
 from tasks.backends.qdrant import open_store
 from tasks.backends.readers import hash_content
+from tasks.backends.sampler import Sampler
 from tasks.backends.sources import Source, open_source
 from tasks.backends.spool import SpoolFolder
 from tasks.config import IngestSettings
@@ -36,9 +35,21 @@ from tasks.engine.shared_partitions import PoolDevices, SharedPartitions, check_
 from tasks.errors import BooksDontClose, RunStopped, SpoolError, StoreRejected
 from tasks.observe import Observer, current_observer
 from tasks.policy.books import Ledgerbook
+from tasks.policy.changed_paths import require_changed_paths
 from tasks.policy.identity import compute_fingerprint
 from tasks.policy.partitions import MIN_PARTITION_TOKENS, PartitionBuilder, choose_partition_tokens
-from tasks.records import Books, MemoryReading, ModelFiles, Node, Partition, PartitionReport, RunSummary, Vectors
+from tasks.policy.whole_run import explain_whole_run
+from tasks.records import (
+    Books,
+    LedgerRecord,
+    MemoryReading,
+    ModelFiles,
+    Node,
+    Partition,
+    PartitionReport,
+    RunSummary,
+    Vectors,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -80,15 +91,13 @@ class IngestRun:
         self.physical = collection.physical
         self.fingerprint = spec.fingerprint
         self.observer = observer
-        # A folder a source: another one may be ingested into the same collection at the same time.
-        source_part = hashlib.sha256(collection.source.encode("utf-8", "surrogatepass")).hexdigest()[:12]
-        self.spool = SpoolFolder(f"{settings.spool or f'{settings.data_folder}/spool'}/{self.physical}/{source_part}")
+        self.spool = _open_spool(settings, collection)
         self.spool.lock(f"{settings.qdrant.collection!r} from {source.name}")
         self.books = Ledgerbook()
         self.notes: list[str] = []
         self.reports: dict[int, PartitionReport] = {}
         self._stored: set[int] = set()
-        self.sampler: MemorySampler | HostSampler | None = None
+        self.sampler: Sampler | None = None
         self.devices: Devices | PoolDevices | None = None
         self._books_lock = threading.Lock()
         self._devices_lock = threading.Lock()
@@ -104,7 +113,13 @@ class IngestRun:
         self._stage_seconds: defaultdict[str, float] = defaultdict(float)
         self._stage_seconds["prepare"] = time.monotonic() - self._started
         progress = Progress(source.total_bytes())
-        self.committer = Committer(collection, self.books, self._books_lock, max_attempts=settings.source.max_attempts)
+        self.committer = Committer(
+            collection,
+            self.books,
+            self._books_lock,
+            max_attempts=settings.source.max_attempts,
+            changed=source.changed,
+        )
         self.shared = SharedPartitions(
             settings,
             self.spool,
@@ -285,7 +300,9 @@ class IngestRun:
 
     def _upsert(self, nodes: Sequence[Node], rows: NDArray[np.int64], vectors: Vectors) -> None:
         stored = [nodes[row] for row in rows]
+        started = time.monotonic()
         self.collection.upsert([node.node_id for node in stored], vectors, [node.payload for node in stored])
+        self.observer.points_stored(len(stored), time.monotonic() - started)
 
     def close_books(self) -> tuple[RunSummary, tuple[str, ...]]:
         """The run's summary, and every line of its books that is off. Where none is, a rebuilt collection goes live."""
@@ -401,17 +418,20 @@ def open_run(
     settings: IngestSettings,
     environment: Mapping[str, str] | None = None,
     *,
+    changed: Sequence[str] | None = None,
     chunk_workers: int | None = None,
     start: StartDevices | None = None,
 ) -> IngestRun:
     """Everything that can be refused is refused here, before a model is loaded: source, model files, collection.
 
+    `changed`: doc ids that a trigger named; only these are looked at, unless only a whole run can end green: a note says so.
     Raises SourceError, ModelError, ConfigError, StoreMismatch, StoreLocked, StoreUnavailable.
     """
     started = time.monotonic()
     observer = current_observer.get()
     observer.stage("source", settings.source.uri)
-    source = open_source(settings.source, leave_out=settings.own_folders)
+    paths = None if changed is None else require_changed_paths(changed)
+    source = open_source(settings.source, leave_out=settings.own_folders, changed=paths)
     observer.stage("model", settings.embedding.model)
     files = resolve_model(settings.embedding.model, settings.embedding.revision)
     tokenizer_file = find_tokenizer(files, settings.data_folder)
@@ -427,6 +447,10 @@ def open_run(
         collection = RunCollection(
             store, settings.qdrant, files, fingerprint, source.key, recipe=recipe, stop=stop, note=observer.note
         )
+        mark = collection.read_mark() if paths else None
+        why_whole = _explain_whole_run(settings, collection, mark) if paths else ""
+        if why_whole:
+            source = open_source(settings.source, leave_out=settings.own_folders)
         run = IngestRun(
             settings,
             files,
@@ -443,13 +467,38 @@ def open_run(
         store.close()
         raise
     try:
-        if collection.plan.is_rebuild:
+        if why_whole:
+            run.tell(f"the whole source is ingested, not {_count_paths(paths)}: {why_whole}")
+        elif collection.plan.is_rebuild:
             run.tell(collection.plan.reason)
+        if source.changed is not None:
+            run.tell(f"{_count_paths(paths)} looked at, not the whole source")
+            collection.begin_changed(mark)
         run.store_leftovers()
     except BaseException:
         run.close()
         raise
     return run
+
+
+def _open_spool(settings: IngestSettings, collection: RunCollection) -> SpoolFolder:
+    """A folder a source: another one may be ingested into the same collection at the same time."""
+    source_part = hashlib.sha256(collection.source.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    spool = settings.spool or f"{settings.data_folder}/spool"
+    return SpoolFolder(f"{spool}/{collection.physical}/{source_part}")
+
+
+def _explain_whole_run(settings: IngestSettings, collection: RunCollection, mark: LedgerRecord | None) -> str:
+    plan = collection.plan
+    return explain_whole_run(
+        mark,
+        rebuild_reason=plan.reason if plan.is_rebuild else "",
+        spooled_bytes=_open_spool(settings, collection).measure(),
+    )
+
+
+def _count_paths(paths: Sequence[str] | None) -> str:
+    return "1 changed path" if paths is not None and len(paths) == 1 else f"{len(paths or ())} changed paths"
 
 
 def refuse_open_books(off: Sequence[str]) -> None:

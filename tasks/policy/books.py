@@ -85,6 +85,10 @@ class Ledgerbook:
             return True
         return doc_id in self._entries or doc_id in self._unchanged or doc_id in self._parked
 
+    def list_seen(self) -> set[str]:
+        """Every document that went by, whatever became of it."""
+        return self._entries.keys() | self._unchanged | self._rejections.keys()
+
     @property
     def documents_in_source(self) -> int:
         """As is_in_source() counts them."""
@@ -165,7 +169,7 @@ class Ledgerbook:
         entries = self._entries.values()
         failed = {r.doc_id for r in self._rejections.values() if r.status == "failed"}
         books = Books(
-            documents_seen=len(self._entries.keys() | self._rejections.keys() | self._unchanged),
+            documents_seen=len(self.list_seen()),
             documents_unchanged=unchanged + len(self._unchanged),
             documents_written=written,
             documents_failed=len(failed),

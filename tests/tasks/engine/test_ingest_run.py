@@ -29,6 +29,7 @@ class Items(Source):
 
     def __init__(self, items: Callable[[], Iterator[Item]]) -> None:
         self.name = self.key = "items"
+        self.changed = None
         self._items = items
 
     def total_bytes(self) -> int:
