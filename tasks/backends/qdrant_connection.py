@@ -58,10 +58,11 @@ def connect_server(url: str, settings: QdrantSettings, environment: Mapping[str,
     api_key = read_api_key(environment)
     parts = _check_url(url)
     if api_key and parts.scheme == "http" and not is_loopback(parts.hostname or ""):
-        if not settings.allow_plain_http:
+        if not (settings.allow_plain_http or is_plain_http_allowed(environment)):
             raise ConfigError(
                 f"QDRANT_API_KEY would travel unencrypted to {parts.hostname}, since {url} is plain http. "
-                "Use an https:// URL, or set qdrant.allow_plain_http=true if that network is yours."
+                "Use an https:// URL, or set qdrant.allow_plain_http=true (a whole machine: QDRANT_ALLOW_PLAIN_HTTP=true) "
+                "if that network is yours."
             )
         log.warning("qdrant url=%s the API key travels unencrypted: qdrant.allow_plain_http is set", url)
     _filter_answered_warnings()
@@ -78,6 +79,11 @@ def connect_server(url: str, settings: QdrantSettings, environment: Mapping[str,
         return client
     client.close()
     return faster
+
+
+def is_plain_http_allowed(environment: Mapping[str, str]) -> bool:
+    """QDRANT_ALLOW_PLAIN_HTTP is true: who runs a machine knows its network, whoever writes a run's parameters may not."""
+    return environment.get("QDRANT_ALLOW_PLAIN_HTTP", "").strip().lower() == "true"
 
 
 def speaks_grpc(client: QdrantClient) -> bool:

@@ -7,10 +7,8 @@ import subprocess
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
@@ -65,7 +63,9 @@ def test_every_tag_is_exact() -> None:
 def test_our_images_have_our_version() -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     ours = [
-        tag for path in COMPOSE_FILES for tag in re.findall(r"image: ballast-(?:server|cpu|cuda):(\S+)", path.read_text())
+        tag
+        for path in COMPOSE_FILES
+        for tag in re.findall(r"image: ballast-(?:server|cpu|cuda):(\S+)", path.read_text())
     ]
     ours += re.findall(r'image\.version="(\S+)"', DOCKERFILE.read_text())
     assert len(ours) >= 8
@@ -139,8 +139,3 @@ def test_what_is_copied_enters_the_build() -> None:
     assert copied == let_in
     assert all((ROOT / name).exists() for name in copied)
     assert "**/.env*" in rules[rules.index("!deployments") :], "a .env beside what is let in stays out"
-
-
-def test_prometheus_configuration_reads() -> None:
-    content: dict[str, Any] = yaml.safe_load((ROOT / "docker" / "prometheus.yml").read_text())
-    assert [job["job_name"] for job in content["scrape_configs"]] == ["ballast"]

@@ -65,7 +65,9 @@ def written_commands() -> Iterator[tuple[str, list[str]]]:
     """Those in comments and descriptions: a line that begins with the program's name, or stands in backticks."""
     for path in [*(ROOT / "docker").iterdir(), *(ROOT / "deployments" / "kubernetes").iterdir()]:
         if path.is_file() and path.name != ".env":
-            for command in re.findall(r"(?:`|^# {3,})((?:ballast|prefect) [a-z][^`\n]*)", path.read_text(), re.MULTILINE):
+            for command in re.findall(
+                r"(?:`|^# {3,})((?:ballast|prefect) [a-z][^`\n]*)", path.read_text(), re.MULTILINE
+            ):
                 yield path.name, command.split()
 
 

@@ -392,18 +392,27 @@ def test_a_loopback_request_never_goes_through_a_proxy(
 
 @pytest.mark.parametrize("url", ["http://qdrant.example:6333", "http://10.0.0.7", "http://127.0.0.1.example:6333"])
 def test_a_key_never_travels_over_plain_http_to_another_host(url: str, tmp_path: Path) -> None:
+    environment = {"QDRANT_API_KEY": "secret-key", "QDRANT_ALLOW_PLAIN_HTTP": "no"}
     with pytest.raises(ConfigError, match=r"unencrypted.*https://.*allow_plain_http") as caught:
-        open_store(QdrantSettings(url=url), str(tmp_path), environment={"QDRANT_API_KEY": "secret-key"})
+        open_store(QdrantSettings(url=url), str(tmp_path), environment=environment)
     assert "secret-key" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("parameter", "environment"), [(True, {}), (False, {"QDRANT_ALLOW_PLAIN_HTTP": "true"})], ids=["run", "machine"]
+)
 def test_plain_http_with_a_key_can_be_allowed(
-    server: LoopbackQdrant, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    parameter: bool,
+    environment: dict[str, str],
+    server: LoopbackQdrant,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("NO_PROXY", "*")
     # Linux takes 0.0.0.0 for this machine; by its name it is another host.
-    settings = QdrantSettings(url=server.url.replace("127.0.0.1", "0.0.0.0"), allow_plain_http=True)
-    open_store(settings, str(tmp_path), environment={"QDRANT_API_KEY": "secret-key"}).close()
+    settings = QdrantSettings(url=server.url.replace("127.0.0.1", "0.0.0.0"), allow_plain_http=parameter)
+    open_store(settings, str(tmp_path), environment={"QDRANT_API_KEY": "secret-key", **environment}).close()
     assert server.requests[-1][1]["api-key"] == "secret-key"
     assert "travels unencrypted" in caplog.text
     assert "secret-key" not in caplog.text
