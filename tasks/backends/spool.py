@@ -224,6 +224,10 @@ class SpoolFolder:
                 logger.warning("spool file left out path=%s reason=%r: its nodes are embedded again", path, str(error))
         return found
 
+    def has_embedded(self) -> bool:
+        """Whether an earlier run left vectors here; list_embedded() reads them all, this reads none."""
+        return any(path.endswith(".npz") for path in self._list_own())
+
     def clear(self) -> int:
         """Remove the spool's own files, unfinished ones too, and no others; returns how many."""
         try:

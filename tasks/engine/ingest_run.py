@@ -493,7 +493,7 @@ def _explain_whole_run(settings: IngestSettings, collection: RunCollection, mark
     return explain_whole_run(
         mark,
         rebuild_reason=plan.reason if plan.is_rebuild else "",
-        spooled_bytes=_open_spool(settings, collection).measure(),
+        has_leftovers=_open_spool(settings, collection).has_embedded(),
     )
 
 
