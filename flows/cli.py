@@ -9,6 +9,7 @@ import typer
 from flows.cli_deploy import setup, webhooks
 from flows.cli_exit import EPILOG, FAILED, OK, RUN_AGAIN, ExitCodes, stop_on_ctrl_c
 from flows.cli_options import (
+    Changed,
     ChunkOverlap,
     ChunkTokens,
     Collection,
@@ -80,6 +81,7 @@ def ingest(
     chunk_overlap: ChunkOverlap = None,
     memory_fraction: MemoryFraction = None,
     confirm_deletes: ConfirmDeletes = False,
+    changed: Changed = None,
     config: Config = None,
     overrides: Set = None,
     json: Json = False,
@@ -113,7 +115,7 @@ def ingest(
             },
         )
         with stop_on_ctrl_c(terminal), terminal.watch() as observer, observing(observer):
-            is_green = context.ensure_object(Operations).ingest(settings, observer)
+            is_green = context.ensure_object(Operations).ingest(settings, observer, changed=changed or None)
         if observer.finished is None:
             raise BallastError("The flow ended without its books: see the run in Prefect's UI, or --log-level info.")
         summary, off = observer.finished

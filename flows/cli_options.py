@@ -35,6 +35,10 @@ LogLevel = Annotated[Literal["debug", "info", "warning", "error"], typer.Option(
 SourceName = Annotated[
     str | None, typer.Option(help="What its documents go by in the collection.", show_default="the source's URI")
 ]
+Changed = Annotated[
+    list[str] | None,
+    typer.Option("--changed", metavar="PATH", help="Look at this file or folder of SOURCE only; as often as wanted."),
+]
 ConfirmDeletes = Annotated[bool, typer.Option("--confirm-deletes", help="Delete all that has left the source.")]
 
 

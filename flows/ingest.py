@@ -32,7 +32,9 @@ TASKS_AT_ONCE = 6
 def _name_run() -> str:
     settings: Any = flow_run.parameters["settings"]
     settings = IngestSettings.model_validate(settings)
-    return f"{settings.qdrant.collection} from {hide_credentials(settings.source.uri)}"
+    changed: Any = flow_run.parameters.get("changed")
+    what = "" if changed is None else f" ({len(changed)} changed)"
+    return f"{settings.qdrant.collection} from {hide_credentials(settings.source.uri)}{what}"
 
 
 @flow(
@@ -41,9 +43,13 @@ def _name_run() -> str:
     task_runner=ThreadPoolTaskRunner(max_workers=TASKS_AT_ONCE),  # type: ignore[arg-type]
     persist_result=False,
 )
-def ingest(settings: IngestSettings) -> RunSummary:
-    """Ingest a source into a Qdrant collection. Green means that every node of every document is there and counted."""
-    run = prepare(settings)
+def ingest(settings: IngestSettings, changed: list[str] | None = None) -> RunSummary:
+    """Ingest a source into a Qdrant collection. Green means that every node of every document is there and counted.
+
+    changed: doc ids, as a trigger names them: paths of files, tables or folders relative to the source's root. Only these are
+    looked at; those that are there are ingested, those that are gone are deleted. None: the whole source.
+    """
+    run = prepare(settings, changed)
     try:
         devices = start_devices.submit(run)
         embed_source(run, devices)

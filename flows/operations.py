@@ -14,16 +14,19 @@ if TYPE_CHECKING:
 class Operations:
     """Everything is imported when it is called: torch, Prefect and LlamaIndex take seconds."""
 
-    def ingest(self, settings: IngestSettings, observer: RunObserver) -> bool:
-        """Run the flow; what it found is in `observer.finished`. False: it ended red. Raises what ended it early."""
+    def ingest(self, settings: IngestSettings, observer: RunObserver, *, changed: Sequence[str] | None = None) -> bool:
+        """Run the flow, over the whole source or some changed paths; what it found is in `observer.finished`.
+
+        False: it ended red. Raises what ended it early.
+        """
         from flows.api_server import embedded_api
         from tasks.check_inputs import check_inputs
 
         observer.stage("check", "source, model and data folder")
-        check_inputs(settings)
+        check_inputs(settings, changed)
         observer.stage("prefect", "the configured API, or an embedded one")
         with embedded_api(settings.data_folder, meanwhile=self.load_flow):
-            state = self.load_flow()(settings, return_state=True)
+            state = self.load_flow()(settings, changed, return_state=True)
             if observer.finished is None:
                 state.result()
             return bool(state.is_completed())

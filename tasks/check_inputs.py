@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from tasks.backends.model_files import resolve_model
@@ -11,16 +12,20 @@ from tasks.backends.sources import open_source
 from tasks.config import IngestSettings
 from tasks.engine.existing_store import open_existing_store
 from tasks.errors import ConfigError
+from tasks.policy.changed_paths import require_changed_paths
 
 
-def check_inputs(settings: IngestSettings) -> None:
+def check_inputs(settings: IngestSettings, changed: Sequence[str] | None = None) -> None:
     """Look at the data folder, the collection's name, the source and the model's files. The run itself looks again.
+
+    `changed`: of the source only these paths.
 
     Raises ConfigError, SourceError, ModelError.
     """
     check_data_folder(settings.data_folder)
     check_name(settings.qdrant.collection)
-    open_source(settings.source, leave_out=settings.own_folders)
+    paths = None if changed is None else require_changed_paths(changed)
+    open_source(settings.source, leave_out=settings.own_folders, changed=paths)
     resolve_model(settings.embedding.model, settings.embedding.revision)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
@@ -20,9 +22,9 @@ def load_libraries() -> None:
     load_client()
 
 
-@task(name="prepare", cache_policy=NO_CACHE, persist_result=False)
-def prepare(settings: IngestSettings) -> IngestRun:
-    """Source, model files and collection, checked against each other. Raises the errors of open_run()."""
+@task(name="prepare", task_run_name="prepare", cache_policy=NO_CACHE, persist_result=False)
+def prepare(settings: IngestSettings, changed: Sequence[str] | None = None) -> IngestRun:
+    """Source, model files and collection, checked against each other. Arguments and errors as open_run()'s."""
     if settings.pools.enabled:
         PoolRuns(settings).end_orphans()
-    return open_run(settings, read_environment())
+    return open_run(settings, read_environment(), changed=changed)

@@ -90,9 +90,9 @@ class Recorded(Operations):
             raise self.outcome
         return self.outcome
 
-    def ingest(self, settings: IngestSettings, observer: RunObserver) -> bool:
+    def ingest(self, settings: IngestSettings, observer: RunObserver, *, changed: Sequence[str] | None = None) -> bool:
         self.settings = settings
-        summary = self._answer()
+        summary = self._answer(changed=changed)
         if summary is not None:
             observer.run_finished(summary, ())
         return self.is_green
@@ -136,6 +136,15 @@ class Recorded(Operations):
 
 def ballast(*arguments: str, operations: Operations) -> Result:
     return CliRunner().invoke(app, list(arguments), obj=operations)
+
+
+@pytest.mark.parametrize(
+    ("flags", "changed"), [([], None), (["--changed", "a.md", "--changed", "sub"], ["a.md", "sub"])]
+)
+def test_changed_paths_reach_the_run(flags: list[str], changed: list[str] | None) -> None:
+    operations = Recorded(SUMMARY)
+    assert ballast("ingest", "docs", *flags, operations=operations).exit_code == 0
+    assert operations.calls == [{"changed": changed}]
 
 
 def test_ingest_flags_reach_their_knobs() -> None:
@@ -282,7 +291,7 @@ from flows.cli import app
 from flows.operations import Operations
 
 class Stubborn(Operations):
-    def ingest(self, settings, observer):
+    def ingest(self, settings, observer, changed):
         print("running", flush=True)
         try:
             time.sleep(60)
