@@ -237,12 +237,12 @@ class PoolStages:
     def _find_dead(self, each: _GroupRun, now: float) -> str | None:
         """Why this run counts as dead, None where it does not."""
         pools = self._pools
-        if each.sign is not None or each.phase == "running":
-            silent_s = now - max(each.beat_since, each.phase_since if each.sign is None else 0.0)
-            if silent_s > pools.silent_s:
-                return f"no sign of life for {silent_s:.0f} s (pools.silent_s)"
-        if each.phase == "pending" and each.sign is None and now - each.phase_since > pools.pending_s:
-            return f"taken by a worker and not started for {now - each.phase_since:.0f} s (pools.pending_s)"
+        if each.sign is not None:
+            silent_s = now - each.beat_since
+            return f"no sign of life for {silent_s:.0f} s (pools.silent_s)" if silent_s > pools.silent_s else None
+        taken_s = now - each.phase_since
+        if each.phase != "waiting" and taken_s > pools.pending_s:
+            return f"taken by a worker and without a sign of life for {taken_s:.0f} s (pools.pending_s)"
         return None
 
     def _note_unserved(self, each: _GroupRun, now: float) -> None:

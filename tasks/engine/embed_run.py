@@ -116,6 +116,7 @@ class EmbedRun:
         """Vectors for every node that has none yet, in the spool before anything else happens to them."""
         devices = self._need_devices()
         self._current = partition.index
+        self._signs.beat()
         nodes = self.spool.read_partition(partition)
         kept_rows, kept_vectors = self.spool.read_vectors(partition) or _nothing(self.files.dimension)
         before = read_report(self.spool, partition, "gpu") if self.group.pool == "cpu" else None
@@ -335,18 +336,23 @@ def open_group(
         files = resolve_model(settings.embedding.model, settings.embedding.revision)
         tokenizer_file = find_tokenizer(files, settings.data_folder)
         _refuse_other_model(files, compute_fingerprint(describe_recipe(settings, files, tokenizer_file)), group)
-        store = open_store(settings.qdrant, settings.data_folder, environment=environment or os.environ)
-        if store.is_embedded:
-            store.close()
-            raise ConfigError(
-                "Workers need a Qdrant server, an embedded one belongs to one process. Set qdrant.url, or QDRANT_URL where "
-                "the worker runs."
-            )
+        store = _open_shared_store(settings, environment or os.environ)
     except BaseException:
         signs.stop()
         raise
     start_up_s = age_s + time.monotonic() - started
     return EmbedRun(settings, group, files, store, spool, signs, observer, start_up_s=start_up_s)
+
+
+def _open_shared_store(settings: IngestSettings, environment: Mapping[str, str]) -> QdrantStore:
+    store = open_store(settings.qdrant, settings.data_folder, environment=environment)
+    if store.is_embedded:
+        store.close()
+        raise ConfigError(
+            "Workers need a Qdrant server, an embedded one belongs to one process. Set qdrant.url, or QDRANT_URL where "
+            "the worker runs."
+        )
+    return store
 
 
 def _refuse_other_model(files: ModelFiles, fingerprint: str, group: EmbedGroup) -> None:

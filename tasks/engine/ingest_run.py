@@ -472,7 +472,7 @@ def open_run(
         elif collection.plan.is_rebuild:
             run.tell(collection.plan.reason)
         if source.changed is not None:
-            run.tell(f"{_count_paths(paths)} looked at, not the whole source")
+            run.tell(f"{_count_paths(paths)} looked at, not the whole source.")
             collection.begin_changed(mark)
         run.store_leftovers()
     except BaseException:

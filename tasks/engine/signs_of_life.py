@@ -20,16 +20,17 @@ BEAT_S = 5.0
 class SignsOfLife:
     """A thread that beats until stop(). `describe` gives what goes with the beat; called in that thread."""
 
-    def __init__(self, spool: SpoolFolder, run_id: str, describe: Callable[[], SignOfLife]) -> None:
+    def __init__(self, spool: SpoolFolder, run_id: str) -> None:
+        self.run_id = run_id
+        self.describe: Callable[[], SignOfLife] = lambda: SignOfLife(beat=0)
         self._spool = spool
-        self._run_id = run_id
-        self._describe = describe
         self._beats = 0
+        self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="signs-of-life", daemon=True)
 
     def start(self) -> None:
-        self._beat()
+        self.beat()
         self._thread.start()
 
     def stop(self) -> None:
@@ -37,16 +38,18 @@ class SignsOfLife:
         self._stopped.set()
         if self._thread.is_alive():
             self._thread.join()
-            self._beat()
+            self.beat()
 
     def _run(self) -> None:
         while not self._stopped.wait(BEAT_S):
-            self._beat()
+            self.beat()
 
-    def _beat(self) -> None:
-        self._beats += 1
+    def beat(self) -> None:
+        """Now: what is told has changed."""
         try:
-            write_sign_of_life(self._spool, self._run_id, replace(self._describe(), beat=self._beats))
+            with self._lock:
+                self._beats += 1
+                write_sign_of_life(self._spool, self.run_id, replace(self.describe(), beat=self._beats))
         except SpoolError as error:
             # A spool that is away for a moment: the next beat tells; the run itself fails where it needs the spool.
             logger.warning("sign of life not written beat=%d reason=%r", self._beats, str(error))
