@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from prefect.client.orchestration import SyncPrefectClient
@@ -13,6 +14,11 @@ from pydantic import ValidationError
 from flows.setup_blocks import NOTIFY_URL
 from flows.setup_steps import SetupStep
 from tasks.errors import ConfigError
+
+# Said each time: the client leaves out what is not set, and the server then keeps what it has.
+_DEFAULTS: Mapping[str, Any] = MappingProxyType(
+    {"description": "", "enabled": True, "tags": [], "actions_on_trigger": [], "actions_on_resolve": []}
+)
 
 
 def set_up_automation(
@@ -35,10 +41,7 @@ def set_up_automation(
     was_idle = all(action.type == "do-nothing" for action in found.actions)
     if not (force or lacking or was_idle):
         wanted = wanted.model_copy(update={"enabled": found.enabled})
-    is_same = all(
-        getattr(found, field) == getattr(wanted, field)
-        for field in ("description", "enabled", "trigger", "actions", "actions_on_trigger", "actions_on_resolve")
-    )
+    is_same = all(getattr(found, field) == getattr(wanted, field) for field in ("trigger", "actions", *_DEFAULTS))
     if not note and not found.enabled and not wanted.enabled:
         note = "off on the server; --force switches it on"
     if is_same:
@@ -68,7 +71,7 @@ def to_automation(
     if lacking:
         changes = {"actions": [{"type": "do-nothing"}], "enabled": False}
     try:
-        return AutomationCore.model_validate({**definition, **changes}), lacking
+        return AutomationCore.model_validate({**_DEFAULTS, **definition, **changes}), lacking
     except ValidationError as error:
         first = error.errors()[0]
         raise ConfigError(

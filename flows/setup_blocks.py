@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeVar, cast
@@ -75,11 +76,9 @@ def make_notify_block(url: str) -> SlackWebhook | CustomWebhookNotificationBlock
     What Apprise knows (slack://, mailto://, and the https addresses of Slack, Discord, Teams, ...) goes through Apprise;
     any other http(s) address gets a POST of {"subject": ..., "text": ...}. Raises ConfigError.
     """
-    from apprise import Apprise
-
     # Never the URL itself in a message: it is a password in many services.
     scheme = urlsplit(url).scheme
-    if Apprise.instantiate(url, suppress_exceptions=True) is not None:
+    if is_known_to_apprise(url):
         # Prefect's blocks around Apprise are one per service; this one hands any URL on as it is.
         return SlackWebhook(url=SecretStr(url))
     if scheme in ("http", "https") and urlsplit(url).hostname:
@@ -93,6 +92,18 @@ def make_notify_block(url: str) -> SlackWebhook | CustomWebhookNotificationBlock
         f"{NOTIFY_URL} is neither an http(s) address nor an Apprise URL (its scheme is {scheme or 'missing'}). For example "
         "https://chat.example.org/hooks/NAME, slack://..., mailto://..."
     )
+
+
+def is_known_to_apprise(url: str) -> bool:
+    """Whether Apprise has a service for the URL. It would log one that it can't parse, password and all."""
+    from apprise import Apprise
+
+    logger = logging.getLogger("apprise")
+    before, logger.disabled = logger.disabled, True
+    try:
+        return Apprise.instantiate(url, suppress_exceptions=True) is not None
+    finally:
+        logger.disabled = before
 
 
 def _load(kind: type[Kind], name: str) -> Kind | None:

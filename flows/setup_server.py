@@ -81,7 +81,7 @@ def connect(wait_s: float) -> Iterator[SyncPrefectClient]:
     from flows.api_server import find_configured_url
 
     url = find_configured_url()
-    if url is None:
+    if not url:
         raise ConfigError(
             "No Prefect server is configured. Start one (prefect server start) and name it: "
             "export PREFECT_API_URL=http://127.0.0.1:4200/api"
