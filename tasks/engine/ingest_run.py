@@ -103,7 +103,7 @@ class IngestRun:
         self._devices_lock = threading.Lock()
         self._source_lock = threading.Lock()
         self._store_lock = threading.Lock()
-        self._stop = stop or threading.Event()
+        self.stop = stop or threading.Event()
         self._devices_wanted = threading.Event()
         self._devices_ready = threading.Event()
         self._exhausted = False
@@ -169,9 +169,9 @@ class IngestRun:
         if self._exhausted:
             return NOTHING_TO_EMBED
         with self._timed("devices"), self._devices_lock:
-            self._refuse_if_stopped()
+            self.refuse_if_stopped()
             try:
-                self.devices = self._start_devices(self.settings, self.files, self.observer, self._stop)
+                self.devices = self._start_devices(self.settings, self.files, self.observer, self.stop)
             finally:
                 self._devices_ready.set()
             if isinstance(self.devices, Devices):
@@ -214,7 +214,7 @@ class IngestRun:
         good = np.flatnonzero(embedded.placed != MISSING)
         self.spool.write_vectors(partition, good, embedded.vectors[good])
         if embedded.missing_rows().size:
-            self._refuse_if_stopped()  # the next run stores what is in the spool now, and embeds the rest
+            self.refuse_if_stopped()  # the next run stores what is in the spool now, and embeds the rest
         report = _to_report(partition, nodes, embedded)
         with self._books_lock:
             self.books.nodes_gpu += report.gpu_nodes
@@ -320,7 +320,7 @@ class IngestRun:
 
     def close(self) -> None:
         """End every process and connection. What is under way stops at its next node or micro-batch, and is waited for."""
-        self._stop.set()
+        self.stop.set()
         self._end_of_source()
         with self._devices_lock:
             if self.devices is not None:
@@ -341,11 +341,12 @@ class IngestRun:
 
     def _watch_for_stop(self, items: Iterator[Item]) -> Iterator[Item]:
         for item in items:
-            self._refuse_if_stopped()
+            self.refuse_if_stopped()
             yield item
 
-    def _refuse_if_stopped(self) -> None:
-        if self._stop.is_set():
+    def refuse_if_stopped(self) -> None:
+        """Raises RunStopped."""
+        if self.stop.is_set():
             raise RunStopped(STOPPED)
 
     def _refuse_without_room(self) -> None:
@@ -373,7 +374,7 @@ class IngestRun:
             max_tokens = limits.max_tokens
         else:
             self._devices_ready.wait()
-            self._refuse_if_stopped()
+            self.refuse_if_stopped()
             speed = self.devices.tokens_per_s if self.devices else 0.0
             max_tokens = choose_partition_tokens(speed, limits.target_s) if speed else MIN_PARTITION_TOKENS
         return PartitionBuilder(
@@ -419,12 +420,14 @@ def open_run(
     environment: Mapping[str, str] | None = None,
     *,
     changed: Sequence[str] | None = None,
+    stop: threading.Event | None = None,
     chunk_workers: int | None = None,
     start: StartDevices | None = None,
 ) -> IngestRun:
     """Everything that can be refused is refused here, before a model is loaded: source, model files, collection.
 
     `changed`: doc ids that a trigger named; only these are looked at, unless only a whole run can end green: a note says so.
+    `stop`, once set by anybody, ends the run.
     Raises SourceError, ModelError, ConfigError, StoreMismatch, StoreLocked, StoreUnavailable.
     """
     started = time.monotonic()
@@ -439,7 +442,7 @@ def open_run(
     fingerprint = compute_fingerprint(recipe)
     spec = make_chunk_spec(settings, files, tokenizer_file, fingerprint, source.key)
     observer.stage("collection", settings.qdrant.collection)
-    stop = threading.Event()
+    stop = stop or threading.Event()
     store = open_store(settings.qdrant, settings.data_folder, environment=environment or os.environ)
     try:
         if settings.pools.enabled:

@@ -14,11 +14,11 @@ def explain_whole_run(mark: LedgerRecord | None, *, rebuild_reason: str, has_lef
     if rebuild_reason:
         return f"it builds a new collection. {rebuild_reason}"
     if mark is None:
-        return "the collection has nothing of this source yet"
+        return "the collection has nothing of this source yet."
     if not is_looked_through(mark):
-        return "an earlier run of it was cut off, or its books did not close, and what it left undone is not known"
+        return "an earlier run of it was cut off, or its books did not close, and what it left undone is not known."
     if has_leftovers:
-        return "an earlier run of it embedded what it could not store"
+        return "an earlier run of it embedded what it could not store."
     return ""
 
 
