@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from prefect import flow
@@ -12,6 +13,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from flows.stages import LocalStages
 from tasks.config import EmbedGroup, IngestSettings
 from tasks.engine.embed_run import EmbedRun
+from tasks.metrics import start_metrics
 from tasks.open_group import open_group
 from tasks.publish import publish_group
 from tasks.start_devices import start_devices
@@ -37,12 +39,13 @@ def embed_partitions(settings: IngestSettings, group: EmbedGroup) -> str:
 
     What this pool's device can't place is reported as left: the ingest run hands it to cpu-pool.
     """
-    run = open_group(settings, group)
-    try:
-        devices = start_devices.submit(run)
-        embed_group(run, devices)
-    finally:
-        run.close()
+    with start_metrics(os.environ, collection=settings.qdrant.collection, pool=group.pool):
+        run = open_group(settings, group)
+        try:
+            devices = start_devices.submit(run)
+            embed_group(run, devices)
+        finally:
+            run.close()
     publish_group(run.summarise())
     return complete("", run.describe())
 

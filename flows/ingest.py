@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any, cast
 
 from prefect import flow
@@ -15,6 +16,7 @@ from flows.stages import LocalStages, Stages
 from tasks.chunk import chunk_partition
 from tasks.config import IngestSettings
 from tasks.engine.ingest_run import IngestRun, refuse_open_books
+from tasks.exclusive import hold_collection
 from tasks.observe import current_observer
 from tasks.pool_runs import PoolRuns
 from tasks.prepare import prepare
@@ -49,17 +51,21 @@ def ingest(settings: IngestSettings, changed: list[str] | None = None) -> RunSum
     changed: doc ids, as a trigger names them: paths of files, tables or folders relative to the source's root. Only these are
     looked at; those that are there are ingested, those that are gone are deleted. None: the whole source.
     """
-    run = prepare(settings, changed)
-    try:
-        devices = start_devices.submit(run)
-        embed_source(run, devices)
-        devices.result()  # raises what kept the device from starting
-        settle_source(run)
-        summary, off = run.close_books()
-    finally:
-        run.close()
-    publish_run(summary, off)
-    current_observer.get().run_finished(summary, off)
+    stop, watcher = threading.Event(), current_observer.get()
+    with hold_collection(
+        settings.qdrant.collection, patience_s=settings.collection_wait_s, stop=stop, note=watcher.note
+    ):
+        run = prepare(settings, changed, stop)
+        try:
+            devices = start_devices.submit(run)
+            embed_source(run, devices)
+            devices.result()  # raises what kept the device from starting
+            settle_source(run)
+            summary, off = run.close_books()
+        finally:
+            run.close()
+    publish_run(summary, off, alert_spilled_fraction=settings.alert_spilled_fraction)
+    watcher.run_finished(summary, off)
     refuse_open_books(off)
     if summary.books.documents_failed:
         names = ", ".join(r.doc_id for r in summary.rejections if r.status == "failed")
@@ -99,5 +105,5 @@ def embed_source(run: IngestRun, devices: PrefectFuture[str]) -> None:
 def open_stages(run: IngestRun) -> Stages:
     """The seam between one process and many: where partitions are embedded and stored."""
     if run.settings.pools.enabled:
-        return PoolStages(run, PoolRuns(run.settings))
+        return PoolStages(run, PoolRuns(run.settings, run.stop))
     return LocalStages(run)

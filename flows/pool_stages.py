@@ -126,6 +126,7 @@ class PoolStages:
             self._end_run(each, "its ingest run has ended", crashed=False)
 
     def advance(self) -> None:
+        self._run.refuse_if_stopped()
         self._finish_collecting()
         self._finish_starting()
         if time.monotonic() >= self._next_look:

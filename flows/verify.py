@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ from prefect.utilities.annotations import quote
 from flows.ingest import ingest
 from tasks.config import IngestSettings
 from tasks.engine.verify_collection import Inspection, make_report
+from tasks.exclusive import hold_collection
 from tasks.observe import current_observer
 from tasks.records import VerifyReport
 from tasks.states import complete
@@ -28,6 +30,20 @@ def _name_run() -> str:
 @flow(name="verify", flow_run_name=_name_run, persist_result=False)
 def verify(settings: IngestSettings, with_source: bool = True, repair: bool = False) -> VerifyReport:
     """Compare a collection with its ledger and its source. CollectionDiffers, red, where anything is off at the end."""
+    stop, watcher = threading.Event(), current_observer.get()
+    with hold_collection(
+        settings.qdrant.collection, patience_s=settings.collection_wait_s, stop=stop, note=watcher.note
+    ):
+        report = look_and_mend(settings, with_source=with_source, repair=repair)
+    publish_findings(report)
+    watcher.verify_finished(report)
+    if not report.is_clean:
+        return cast(VerifyReport, Failed(name="CollectionDiffers", message=describe_report(report)))
+    return complete(report, describe_report(report))
+
+
+def look_and_mend(settings: IngestSettings, *, with_source: bool, repair: bool) -> VerifyReport:
+    """Look; mend and ingest where that is asked for and something is off; look again."""
     started = time.monotonic()
     found = inspect.submit(settings, with_source=with_source).result()
     again: Inspection | None = None
@@ -39,12 +55,7 @@ def verify(settings: IngestSettings, with_source: bool = True, repair: bool = Fa
         if mended.needs_ingest:
             notes += embed_missing(mended.settings)
         again = inspect.submit(settings, with_source=with_source).result()
-    report = make_report(found, again, notes, time.monotonic() - started)
-    publish_findings(report)
-    current_observer.get().verify_finished(report)
-    if not report.is_clean:
-        return cast(VerifyReport, Failed(name="CollectionDiffers", message=describe_report(report)))
-    return complete(report, describe_report(report))
+    return make_report(found, again, notes, time.monotonic() - started)
 
 
 def embed_missing(settings: IngestSettings) -> tuple[str, ...]:

@@ -240,6 +240,9 @@ class IngestSettings(Settings):
     deletes: DeleteSettings = DeleteSettings()
     qdrant: QdrantSettings = QdrantSettings()
     pools: PoolSettings = PoolSettings()
+    collection_wait_s: Annotated[float, Field(ge=0)] = Field(
+        86_400.0, description="How long a run waits for another run of its collection to end."
+    )
     alert_spilled_fraction: Fraction = Field(
         0.1, description="A run that spills a larger share of its nodes to the CPU emits ballast.run.spilled."
     )

@@ -10,11 +10,11 @@ from tasks.backends.processes import read_process_age_s
 from tasks.config import EmbedGroup, IngestSettings
 from tasks.engine import embed_run
 from tasks.secrets import read_environment
+from tasks.server_calls import ask_server
 
 
-@task(name="open group", cache_policy=NO_CACHE, persist_result=False)
+@task(name="open group", task_run_name="open group", cache_policy=NO_CACHE, persist_result=False)
 def open_group(settings: IngestSettings, group: EmbedGroup) -> embed_run.EmbedRun:
     """Raises the errors of engine.embed_run.open_group()."""
-    return embed_run.open_group(
-        settings, group, read_environment(), run_id=str(flow_run.get_id()), age_s=read_process_age_s()
-    )
+    environment = ask_server(read_environment, settings.pools.server_outage_s)
+    return embed_run.open_group(settings, group, environment, run_id=str(flow_run.get_id()), age_s=read_process_age_s())

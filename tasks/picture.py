@@ -42,6 +42,12 @@ STEP_NAMES: Mapping[StepKind, str] = {
 }
 
 
+def load_drawing() -> None:
+    """What draw_memory() imports, a second or two: meant for a thread that has time, while a run embeds."""
+    import matplotlib.backends.backend_agg
+    import matplotlib.figure  # noqa: F401
+
+
 def draw_memory(summary: RunSummary) -> bytes | None:
     """A PNG: above, memory in use by all and by this run; below, a micro-batch's budget, need and size. None: nothing known.
 

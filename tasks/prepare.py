@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 from prefect import task
@@ -12,6 +13,7 @@ from tasks.config import IngestSettings
 from tasks.engine.ingest_run import IngestRun, open_run
 from tasks.pool_runs import PoolRuns
 from tasks.secrets import read_environment
+from tasks.server_calls import ask_server
 
 
 def load_libraries() -> None:
@@ -23,8 +25,11 @@ def load_libraries() -> None:
 
 
 @task(name="prepare", task_run_name="prepare", cache_policy=NO_CACHE, persist_result=False)
-def prepare(settings: IngestSettings, changed: Sequence[str] | None = None) -> IngestRun:
+def prepare(
+    settings: IngestSettings, changed: Sequence[str] | None = None, stop: threading.Event | None = None
+) -> IngestRun:
     """Source, model files and collection, checked against each other. Arguments and errors as open_run()'s."""
     if settings.pools.enabled:
-        PoolRuns(settings).end_orphans()
-    return open_run(settings, read_environment(), changed=changed)
+        PoolRuns(settings, stop).end_orphans()
+    environment = ask_server(read_environment, settings.pools.server_outage_s, stop)
+    return open_run(settings, environment, changed=changed, stop=stop)

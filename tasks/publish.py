@@ -24,7 +24,7 @@ from prefect.events import emit_event
 from prefect.exceptions import PrefectHTTPStatusError
 
 from tasks.errors import ApiUnavailable
-from tasks.picture import draw_memory, explain_no_picture, to_data_url
+from tasks.picture import draw_memory, explain_no_picture, load_drawing, to_data_url
 from tasks.policy.delete_guard import DeleteDecision
 from tasks.records import LadderStep, Partition, PartitionReport, RunSummary
 from tasks.report import (
@@ -109,6 +109,8 @@ class ProgressArtifact:
                     return  # made up for by the next update
 
     def _send(self, progress: float, description: str) -> None:
+        if progress:
+            load_drawing()  # something was embedded: there will be a picture to draw
         if self._id is None:
             made = create_progress_artifact(progress=progress, key=self._key, description=description)
             self._id = made if isinstance(made, UUID) else UUID(str(made))

@@ -26,6 +26,10 @@ from tasks.tables import Column, Table, Value, clean_text, escape_markdown, form
 MEMORY_ROWS = 40  # a page of the UI; the peak of each span is kept, so that no spike is averaged away
 LADDER_ROWS = 50
 LADDERS = 10  # partitions of a report whose ladder is shown step by step
+PAGE_ORDER = (
+    "index", "nodes", "device", "batch", "oom_steps", "spilled", "failed", "steps", "seconds", "tokens_per_s", "tokens",
+    "peak_bytes", "budget_bytes",
+)  # fmt: skip
 PARTITION_ROWS = 200  # some 50 KB of the artifact, and more than anybody reads
 REJECTION_ROWS = 100
 REASON_CHARS = 240
@@ -134,7 +138,8 @@ def tabulate_partitions(reports: Iterable[PartitionReport]) -> Table:
 def tabulate_partition_page(reports: Sequence[PartitionReport], limit: int = PARTITION_ROWS) -> Table:
     """As tabulate_partitions, with what happened to each, for a page of the UI: at most `limit` partitions and their sum.
 
-    Where there are more, those with failed nodes come before those that stepped down, and these before the rest.
+    Where there are more, those with failed nodes come before those that stepped down, and these before the rest. What an
+    operator looks for comes first: the UI's column is narrow.
     """
     worst_first = sorted(reports, key=lambda report: (not report.failed_nodes, not report.is_degraded, report.index))
     shown = sorted(worst_first[:limit], key=lambda report: report.index)
@@ -145,7 +150,14 @@ def tabulate_partition_page(reports: Sequence[PartitionReport], limit: int = PAR
     if len(reports) > 1:
         rows.append(_sum_partitions(reports))
     columns = [*plain.columns, Column("steps", "what happened", "text")]
-    return Table(plain.name, plain.title, columns, rows, max(len(reports) - limit, 0))
+    order = [[column.key for column in columns].index(key) for key in PAGE_ORDER]
+    return Table(
+        plain.name,
+        plain.title,
+        [columns[place] for place in order],
+        [[row[place] for place in order] for row in rows],
+        max(len(reports) - limit, 0),
+    )
 
 
 def _sum_partitions(reports: Sequence[PartitionReport]) -> tuple[Value, ...]:
@@ -171,17 +183,17 @@ def _sum_partitions(reports: Sequence[PartitionReport]) -> tuple[Value, ...]:
 
 
 def tabulate_ladder(report: PartitionReport, limit: int = LADDER_ROWS) -> Table:
-    """One row a step of the ladder, in order."""
+    """One row a step of the ladder, in order; the reason comes early, since the UI's column is narrow."""
     columns = [
         Column("at_s", "at", "seconds"),
         Column("step", "step", "text"),
         Column("nodes_before", "batch before"),
         Column("nodes_after", "batch after"),
+        Column("reason", "reason", "text"),
         Column("padded_tokens", "padded tokens"),
         Column("budget_before_bytes", "budget before", "bytes"),
         Column("budget_after_bytes", "budget after", "bytes"),
         Column("free_bytes", "free", "bytes"),
-        Column("reason", "reason", "text"),
     ]
     rows = [
         (
@@ -189,11 +201,11 @@ def tabulate_ladder(report: PartitionReport, limit: int = LADDER_ROWS) -> Table:
             step.kind,
             step.nodes_before,
             step.nodes_after,
-            step.padded_tokens,
-            step.budget_before_bytes,
-            step.budget_after_bytes,
-            step.free_bytes,
             step.reason,
+            step.padded_tokens,
+            step.budget_before_bytes or None,  # 0: the step was not about the budget
+            step.budget_after_bytes or None,
+            step.free_bytes or None,
         )
         for step in report.steps[:limit]
     ]

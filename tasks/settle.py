@@ -11,7 +11,7 @@ from tasks.publish import publish_withheld
 from tasks.states import complete
 
 
-@task(name="settle", cache_policy=NO_CACHE, persist_result=False)
+@task(name="settle", task_run_name="settle", cache_policy=NO_CACHE, persist_result=False)
 def settle_source(run: IngestRun) -> Settled:
     """Failures into the ledger, deletes propagated or withheld, the source's points counted.
 

@@ -16,7 +16,7 @@ class StartingRun(Protocol):
     def start_devices(self) -> str: ...
 
 
-@task(name="start devices", cache_policy=NO_CACHE, persist_result=False)
+@task(name="start devices", task_run_name="start devices", cache_policy=NO_CACHE, persist_result=False)
 def start_devices(run: StartingRun) -> str:
     """The state's message says what the run embeds on, and why. Raises ModelError or DeviceError."""
     note = run.start_devices()

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 from prefect import task
-from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
 from tasks.config import IngestSettings
 from tasks.engine.repair_collection import Mended, repair_collection
 from tasks.engine.verify_collection import Inspection, inspect_collection
-from tasks.publish import to_key
+from tasks.publish import publish_table
 from tasks.records import VerifyReport
 from tasks.states import complete
-from tasks.tables import to_artifact_rows
 from tasks.tabulate_state import tabulate_findings, tabulate_verify
 
 
-@task(name="inspect", cache_policy=NO_CACHE, persist_result=False)
+@task(name="inspect", task_run_name="inspect", cache_policy=NO_CACHE, persist_result=False)
 def inspect(settings: IngestSettings, *, with_source: bool) -> Inspection:
     """Points, ledger and source, compared. Raises the errors of inspect_collection()."""
     found = inspect_collection(settings, with_source=with_source)
     return complete(found, f"{len(found.findings)} findings in {len(found.documents)} documents, {found.points} points")
 
 
-@task(name="repair", cache_policy=NO_CACHE, persist_result=False)
+@task(name="repair", task_run_name="repair", cache_policy=NO_CACHE, persist_result=False)
 def repair(settings: IngestSettings, inspection: Inspection) -> Mended:
     """Ledger records and deletes. Raises the errors of repair_collection()."""
     mended = repair_collection(settings, inspection)
@@ -33,12 +31,9 @@ def repair(settings: IngestSettings, inspection: Inspection) -> Mended:
 
 def publish_findings(report: VerifyReport) -> None:
     """The table of what was found, on the run's page; nothing found is a row, too."""
-    findings = to_artifact_rows(tabulate_findings(report))
-    create_table_artifact(
-        key=f"verify-{to_key(report.collection)}",
-        table=findings or to_artifact_rows(tabulate_verify(report)),
-        description=describe_report(report),
-    )
+    findings = tabulate_findings(report)
+    table = findings if findings.rows else tabulate_verify(report)
+    publish_table(report.collection, "verify", describe_report(report), table)
 
 
 def describe_report(report: VerifyReport) -> str:

@@ -113,7 +113,7 @@ def test_documents_end_up_in_qdrant_and_the_run_shows_how(first_run: tuple[Inges
         "settle": 1,
     }
     artifacts = read_artifacts(state)
-    assert set(artifacts) == {"progress-port", "partitions-port", "books-port", "report-port"}
+    assert set(artifacts) == {"progress-port", "partitions-port", "books-port", "memory-port", "report-port"}
     assert artifacts["progress-port"] == 100
     assert json.loads(artifacts["partitions-port"])[0]["nodes"] == str(summary.books.nodes_planned)
     assert "books closed" in artifacts["report-port"]
