@@ -50,7 +50,7 @@ def make_settings(source: Path | str, data: Path, model: str, **groups: dict[str
     return IngestSettings.model_validate(values)
 
 
-def run_flow(settings: IngestSettings) -> tuple[Any, RunSummary | None]:
+def run_flow(settings: IngestSettings, changed: list[str] | None = None) -> tuple[Any, RunSummary | None]:
     """The flow run's final state, and the summary the observer was given."""
     from flows.ingest import ingest
     from flows.progress import RunObserver
@@ -58,7 +58,7 @@ def run_flow(settings: IngestSettings) -> tuple[Any, RunSummary | None]:
 
     observer = RunObserver()
     with observing(observer):
-        state = ingest(settings, return_state=True)
+        state = ingest(settings, changed, return_state=True)
     return state, observer.finished[0] if observer.finished else None
 
 
@@ -129,6 +129,19 @@ def test_a_second_run_finds_everything_there_and_loads_no_model(
     assert summary.books.nodes_reused == summary.books.nodes_planned
     assert summary.device == "none"
     assert summary.partitions == []
+
+
+def test_a_run_over_changed_paths_says_so_in_its_name_and_looks_at_nothing_else(
+    first_run: tuple[IngestSettings, Any, RunSummary],
+) -> None:
+    from prefect.client.orchestration import get_client
+
+    state, summary = run_flow(first_run[0], ["rules.txt"])
+    assert state.is_completed(), state.message
+    assert summary is not None
+    assert (summary.books.documents_seen, summary.books.documents_unchanged) == (1, 1)
+    with get_client(sync_client=True) as client:
+        assert client.read_flow_run(state.state_details.flow_run_id).name.endswith("docs (1 changed)")
 
 
 def test_what_was_ingested_is_found_by_its_meaning(first_run: tuple[IngestSettings, Any, RunSummary]) -> None:
