@@ -26,6 +26,7 @@ from tasks.report import hide_credentials
 from tasks.settle import settle_source
 from tasks.start_devices import start_devices
 from tasks.states import complete
+from tasks.superseded import SUPERSEDED, find_later_run
 
 # Whatever stages there are: two partitions embedded, one stored, one chunked, the devices, and what is collected.
 TASKS_AT_ONCE = 6
@@ -55,6 +56,9 @@ def ingest(settings: IngestSettings, changed: list[str] | None = None) -> RunSum
     with hold_collection(
         settings.qdrant.collection, patience_s=settings.collection_wait_s, stop=stop, note=watcher.note
     ):
+        later = find_later_run(changed, patience_s=settings.pools.server_outage_s, stop=stop)
+        if later is not None:
+            return cast(RunSummary, complete(None, f"{later} began later and has seen all of this", name=SUPERSEDED))
         run = prepare(settings, changed, stop)
         try:
             devices = start_devices.submit(run)
