@@ -125,6 +125,10 @@ def test_a_mark_of_a_source_is_no_document(store: QdrantStore) -> None:
         assert ledger.read_marks() == dict.fromkeys(["s", "s3://bucket/ä", "no documents"], closed_at)
     ledger.write_mark("s", "")
     assert ledger.read_marks()["s"] == ""
+    ledger.write_mark("s", "", "pending")
+    mark = ledger.read_mark("s")
+    assert mark is not None
+    assert (mark.status, mark.updated_at, ledger.read_mark("never")) == ("pending", "", None)
 
     assert (ledger.count(), ledger.count("s"), ledger.count("no documents")) == (1, 1, 0)
     assert (read_all(ledger), read_all(ledger, "s"), read_all(ledger, "no documents")) == (make(["a.md"]),) * 2 + ([],)

@@ -250,7 +250,9 @@ def test_a_record_with_another_count_is_refused(spool: SpoolFolder) -> None:
 
 def test_embedded_partitions_of_an_earlier_run_are_found_whole_and_torn_ones_left_out(spool: SpoolFolder) -> None:
     embedded = spool.write_partition(0, [make_node(1, 5), make_node(2, 9)], 0.5)
+    assert not spool.has_embedded()
     spool.write_vectors(embedded, np.array([1]), np.ones((1, 4), np.float32))
+    assert spool.has_embedded()
     spool.write_partition(1, [make_node(3, 5)], 0.7)  # never embedded
     torn = spool.write_partition(2, [make_node(4, 5)], 1.0)
     spool.write_vectors(torn, np.array([0]), np.ones((1, 4), np.float32))
