@@ -88,6 +88,10 @@ class PrefectServer:
 
     def ask(self, method: str, path: str, body: Any = None) -> Any:
         """The answer's JSON; None where there is none. Raises httpx.HTTPStatusError."""
-        answer = httpx.request(method, f"{self.url}{path}", json=body, timeout=30, trust_env=False)
+        for pause_s in (0.2, 0.5, 1.0, 2.0, 4.0, 0.0):
+            answer = httpx.request(method, f"{self.url}{path}", json=body, timeout=30, trust_env=False)
+            if answer.status_code != 503:  # SQLite is busy; Prefect's own client repeats it as well
+                break
+            time.sleep(pause_s)
         answer.raise_for_status()
         return answer.json() if answer.content else None
