@@ -66,6 +66,14 @@ def test_there_is_a_template_for_each_pool() -> None:
     assert sorted(path.stem for path in FOLDER.glob("*.json")) == sorted(POOLS)
 
 
+def test_setup_takes_the_template(pool: str, template: Template) -> None:
+    from flows.setup_files import POOLS_FILE, read_pools, read_template
+
+    [of_process] = [entry for entry in read_pools(POOLS_FILE) if entry.name == pool]
+    of_kubernetes = of_process.model_copy(update={"type": "kubernetes", "base_job_template": f"kubernetes/{pool}.json"})
+    assert read_template(of_kubernetes, POOLS_FILE) == template
+
+
 def test_declared_variables_are_used_and_used_ones_declared(template: Template) -> None:
     used = set(PLACEHOLDER.findall(json.dumps(template["job_configuration"])))
     assert used == set(template["variables"]["properties"])
