@@ -16,7 +16,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 VARIABLE = re.compile(r"\$\{([A-Z_][A-Z0-9_]*)")
-SECRETS = {"POSTGRES_PASSWORD", "REDIS_PASSWORD", "QDRANT_API_KEY", "PREFECT_API_AUTH_STRING"}
 Config = Callable[..., dict[str, Any]]
 
 

@@ -91,6 +91,11 @@ def test_a_machine_with_a_driver_gets_the_gpu_profile(checkout: Path, tmp_path: 
     assert read_env(checkout)["COMPOSE_PROFILES"] == "gpu"
 
 
+@pytest.mark.parametrize("name", ["docker/.env", "docker/.env.worker", "docker/.env.part"])
+def test_git_never_takes_what_holds_secrets(name: str) -> None:
+    assert subprocess.run(["git", "check-ignore", "--quiet", name], cwd=ROOT, check=False).returncode == 0
+
+
 def test_what_is_there_is_left_alone(checkout: Path) -> None:
     (checkout / "docker" / ".env").write_text("POSTGRES_PASSWORD=mine\n")
     result = make_env(checkout, "my $documents")
