@@ -138,7 +138,7 @@ def take_picture(page: Page) -> Callable[[str], None]:
         folder = os.environ.get("BALLAST_SCREENSHOTS")
         if not folder:
             return
-        page.wait_for_timeout(1500)  # the timeline and the fonts settle
+        page.wait_for_timeout(3000)  # the timeline and the fonts settle
         picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
         Path(folder).mkdir(parents=True, exist_ok=True)
         picture.quantize(method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
