@@ -92,6 +92,10 @@ def wait_for_turn(
     watched = Watched(times)
     told: uuid.UUID | None = None
 
+    def tell(text: str) -> None:
+        note(text)
+        logger.info("collection=%s %s", claim.collection, text)  # a worker's run has no terminal, its page has the log
+
     def has_ended(run_id: str) -> bool:
         return ask_server(partial(claim.has_run_ended, run_id), RELEASE_PATIENCE_S, stop)
 
@@ -103,9 +107,9 @@ def wait_for_turn(
         holder = describe_holder(record)
         if told != record.id:
             told = record.id
-            note(f"Waiting for {holder}, which holds the collection {claim.collection}.")
+            tell(f"Waiting for {holder}, which holds the collection {claim.collection}.")
         if reason := watched.find_end(record, has_ended):
-            note(f"Taking the collection {claim.collection} over from {holder}: {reason}.")
+            tell(f"Taking the collection {claim.collection} over from {holder}: {reason}.")
             # By its id: a new record has a new one, so of several who wait only one removes this holder's.
             ask_server(partial(claim.remove, record.id), left_s, stop)
         elif time.monotonic() >= deadline:

@@ -140,6 +140,8 @@ def allowed_for(path: Path) -> set[str]:
                 }
                 | BASE
             )
+        case ("tasks", "exclusive"):
+            return STDLIB | {"prefect", "httpx", "tasks"}
         case ("tasks", "server_calls"):
             return STDLIB | {"prefect", "httpx", "tenacity"} | BASE
         case ("tasks", "picture"):

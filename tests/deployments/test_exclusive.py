@@ -20,13 +20,18 @@ QUICK = HoldTimes(poll_s=0.1, renew_s=0.2, ended_s=3.0, silent_s=6.0)
 
 HOLD = """
 import sys, threading
+from prefect import flow
 from tasks.claim import HoldTimes
 from tasks.exclusive import hold_collection
-with hold_collection(sys.argv[1], patience_s=60, stop=threading.Event(), note=lambda text: print("note", text, flush=True),
-                     times=HoldTimes(poll_s=0.1, renew_s=0.2)):
-    print("held", flush=True)
-    sys.stdin.readline()
-print("released", flush=True)
+
+@flow(flow_run_name="killed from /data")
+def hold(collection: str) -> None:
+    with hold_collection(collection, patience_s=60, stop=threading.Event(), note=print,
+                         times=HoldTimes(poll_s=0.1, renew_s=0.2)):
+        print("held", flush=True)
+        sys.stdin.readline()
+
+hold(sys.argv[1])
 """
 
 
@@ -215,4 +220,5 @@ def test_a_killed_process_holds_nothing_up(shared_api: PrefectServer) -> None:
         first.wait()
         assert second.held.wait(30)
         second.end()
+    assert second.notes[0].startswith("Waiting for the run 'killed from /data' (")
     assert "its process is not there any more" in second.notes[-1]
