@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -97,6 +98,12 @@ def read_deployments(path: Path, environment: Mapping[str, str]) -> list[Deploym
             f"unset or empty. Set {'it' if len(unset) == 1 else 'them'} and run it again, or write the values into a copy "
             "of the file and name that with --prefect-file."
         )
+    for name in sorted(wanted):
+        if has_password(environment[name]):
+            raise ConfigError(
+                f"{name} has a password in it, and would be kept in clear among the parameters of {path.name}'s deployments. "
+                "Take it out; QDRANT_API_KEY, and what fsspec's own environment variables say, stay with the workers."
+            )
     found = []
     for deployment in model.deployments:
         if not deployment.name or not deployment.entrypoint or not (deployment.work_pool and deployment.work_pool.name):
@@ -157,6 +164,14 @@ def find_variables(value: object) -> set[str]:
         case list():
             return set().union(*map(find_variables, value))
     return set()
+
+
+def has_password(value: str) -> bool:
+    """Whether a text is a URL with a password before its host."""
+    try:
+        return urlsplit(value).password is not None
+    except ValueError:
+        return False
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -154,7 +154,7 @@ def allowed_for(path: Path) -> set[str]:
             return STDLIB | {"typer", "rich", "click", "pydantic", "prefect", "flows", "tasks"}
         case ("flows", "cli_deploy"):
             return STDLIB | {"typer", "flows", "tasks", "deployments.receiver"}
-        case ("flows", "setup_files" | "setup_server" | "setup_blocks" | "setup_automations" | "setup_steps"):
+        case ("flows", name) if name.startswith("setup_"):
             return STDLIB | {"prefect", "pydantic", "yaml", "httpx", "apprise", "flows", "tasks"}
         case ("flows", _):
             return STDLIB | {"prefect", "flows", "tasks", "uvicorn", "httpx"}

@@ -195,5 +195,11 @@ def test_a_silent_run_has_time_for_several_signs_of_life() -> None:
         assert silent["trigger"]["within"] >= 6 * int(env["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"])
 
 
+def test_an_address_with_a_password_is_refused_and_not_repeated() -> None:
+    with pytest.raises(ConfigError, match="QDRANT_URL has a password in it") as refused:
+        read_deployments(PREFECT_FILE, {**SITE, "QDRANT_URL": "https://ballast:hunter2@qdrant:6333"})
+    assert "hunter2" not in str(refused.value)
+
+
 def test_nothing_secret_is_a_variable_of_the_file() -> None:
     assert not [name for name in find_variables(PREFECT) if re.search("KEY|TOKEN|SECRET|PASSWORD", name)]
