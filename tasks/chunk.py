@@ -11,10 +11,12 @@ from tasks.states import complete
 
 
 @task(name="chunk", task_run_name="chunk partition {index}", cache_policy=NO_CACHE, persist_result=False)
-def chunk_partition(run: IngestRun, index: int) -> Partition | None:  # noqa: ARG001  the index names the task run
+def chunk_partition(run: IngestRun, index: int) -> Partition | None:
     """The next partition, spooled; None when the source has no more."""
     partition = run.spool_next_partition()
     if partition is None:
         return complete(None, "the source has no more new nodes")
-    message = f"{partition.nodes} nodes, {partition.tokens} tokens, longest {partition.longest_tokens}"
+    message = (
+        f"partition {index}: {partition.nodes} nodes, {partition.tokens:,} tokens, longest {partition.longest_tokens}"
+    )
     return complete(partition, message)

@@ -37,12 +37,14 @@ def embed_partition(run: EmbeddingRun, partition: Partition) -> PartitionReport:
 
 def judge_report(report: PartitionReport, told: str = "") -> Any:
     """The state that a partition's task ends in, with its reason; `told` is added to it."""
+    # By name: the log of the flow run shows these lines without their tasks.
+    partition = f"partition {report.index}"
     done = f"{report.nodes} nodes, {report.tokens_per_s:,.0f} tokens/s on {report.device}{told}"
     if report.failed_nodes:
         reason = next(iter(report.failed_nodes.values()))
-        message = f"{len(report.failed_nodes)} of {report.nodes} nodes have no vector: {reason}"
+        message = f"{partition}: {len(report.failed_nodes)} of {report.nodes} nodes have no vector: {reason}"
         out_of_memory = any(step.kind in ("oom", "spill", "exhausted") for step in report.steps)
         return Failed(name="OOMExhausted" if out_of_memory else "NodesFailed", message=message)
     if report.is_degraded:
-        return complete(report, f"{describe_steps(report)}; {done}", name="CompletedDegraded")
-    return complete(report, done)
+        return complete(report, f"{partition}: {describe_steps(report)}; {done}", name="CompletedDegraded")
+    return complete(report, f"{partition}: {done}")

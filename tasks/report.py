@@ -475,6 +475,16 @@ def shorten(text: str, limit: int = REASON_CHARS) -> str:
     return one_line if len(one_line) <= limit else one_line[: limit - 3].rstrip() + "..."
 
 
+def describe_outcome(summary: RunSummary) -> str:
+    """For the run's last state: what is stored, and what an operator should know of how it got there."""
+    told = f"{summary.books.points_counted} points counted in {summary.collection}"
+    if degraded := sum(report.is_degraded for report in summary.partitions):
+        told += f"; {degraded} of {len(summary.partitions)} partitions stepped down"
+    if summary.spilled_fraction:
+        told += f", {format_value(summary.spilled_fraction, 'fraction')} of the nodes spilled to the CPU"
+    return told
+
+
 def describe_range(low: int, high: int) -> str:
     """ "8-64", or "8" where they are the same."""
     return str(low) if low == high else f"{low}-{high}"

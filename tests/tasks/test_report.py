@@ -27,6 +27,7 @@ from tasks.records import (
     RunSummary,
 )
 from tasks.report import (
+    describe_outcome,
     describe_steps,
     hide_credentials,
     render_report,
@@ -217,6 +218,12 @@ def test_ladder_in_one_line() -> None:
     assert len(long) < 300
     assert "\n" not in long
     assert describe_steps(SMOOTH) == "no ladder steps"
+
+
+def test_a_runs_last_state_tells_how_it_went() -> None:
+    told = "203 points counted in docs; 1 of 2 partitions stepped down, 1.0 % of the nodes spilled to the CPU"
+    assert describe_outcome(SUMMARY) == told
+    assert describe_outcome(replace(SUMMARY, partitions=[SMOOTH])) == "203 points counted in docs"
 
 
 @pytest.mark.parametrize(

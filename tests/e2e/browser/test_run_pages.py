@@ -52,7 +52,7 @@ def test_the_runs_page_tells_which_partition_stepped_down(
     for name in ("chunk partition 0", "embed partition 0", "upsert partition 0", "start devices", "settle"):
         expect(page.get_by_text(name, exact=True).first).to_be_visible()
     page.goto(f"{ui_server.url}/v2/runs/flow-run/{run_id}")
-    reason = page.get_by_text(re.compile(r"CompletedDegraded.*\d oom.*CUDA out of memory")).first
+    reason = page.get_by_text(re.compile(r"CompletedDegraded.*partition \d: \d oom.*CUDA out of memory")).first
     expect(reason).to_be_visible()
     reason.scroll_into_view_if_needed()
     take_picture("run")
