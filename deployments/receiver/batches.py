@@ -22,6 +22,8 @@ T = TypeVar("T")
 
 LONGEST_PAUSE_S = 15.0
 PRUNE_EVERY_S = 3600.0
+# Of run_wait_s: a server that is slow to make the run holds up one sender, and not all of a burst for as long.
+JOINED_WAIT = 0.25
 
 
 class Batches:
@@ -77,20 +79,20 @@ class Batches:
             batch_id = receipt.batch
             self._carry(await self._commits.do(lambda journal: journal.read_batch(batch_id)))
             self._tick.set()
-        await self._wait_for_run(receipt.batch)
+        await self._wait_for_run(receipt.batch, self._settings.run_wait_s * (JOINED_WAIT if receipt.coalesced else 1))
         found = await self.find(delivery.hook, delivery.id)
         return replace(found, is_new=receipt.is_new) if found else receipt
 
     async def find(self, hook: str, delivery_id: str) -> Receipt | None:
         return await self._commits.do(lambda journal: journal.find(hook, delivery_id))
 
-    async def _wait_for_run(self, batch: str) -> None:
+    async def _wait_for_run(self, batch: str, patience_s: float) -> None:
         event = self._has_run.get(batch)
         # While Prefect is known to be away nobody is kept waiting for it.
         if event is None or self._is_away:
             return
         try:
-            async with asyncio.timeout(self._settings.run_wait_s):
+            async with asyncio.timeout(patience_s):
                 await event.wait()
         except TimeoutError:
             return
@@ -129,17 +131,15 @@ class Batches:
             return batch
         # The journal knows what a run is created with before the server does: the key gives back the same run after a
         # crash in between, with the parameters that it had then.
-        batch = await self._commits.do(lambda journal: journal.take_seed(batch.id))
-        names = await self._commits.do(lambda journal: journal.read_names(batch.id, batch.covered, batch.seed))
+        seed, names = await self._commits.do(lambda journal: journal.take_seed(batch.id))
         run = await self._runs.create(
             self._hooks[batch.hook].deployment,
             unite(names, self._settings.max_paths, self._settings.max_paths_bytes),
-            key=f"webhook:{batch.id}:{batch.attempt}",
+            key=f"webhook:{seed.id}:{seed.attempt}",
             hook=batch.hook,
         )
-        await self._commits.do(lambda journal: journal.set_run(batch.id, run))
         logger.info("webhook_batch collecting batch=%s hook=%s run=%s", batch.id, batch.hook, run)
-        return await self._commits.do(lambda journal: journal.read_batch(batch.id))
+        return await self._commits.do(lambda journal: journal.set_run(batch.id, run))
 
     async def _release(self, batch: Batch) -> Batch | None:
         """None when all that the batch's deliveries name is in a run; else the batch, which needs another run."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -79,7 +79,7 @@ class EventData(Body):
 class CloudEvent(Body):
     """A CloudEvents 1.0 event in structured mode; `data.changed` or else `subject` names what has changed."""
 
-    specversion: str
+    specversion: Literal["1.0"]
     id: str = Field(min_length=1)
     source: str = Field(min_length=1)
     type: str = Field(min_length=1)

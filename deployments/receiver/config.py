@@ -114,7 +114,10 @@ class ReceiverSettings(Settings):
         30.0, gt=0, description="How long a delivery's id is known, so that the same one starts nothing."
     )
     run_wait_s: float = Field(
-        2.0, ge=0, description="How long an answer waits for the run's id; then it says null and where to ask."
+        2.0,
+        ge=0,
+        description="How long the answer to a burst's first delivery waits for the run's id, to the others a quarter of it; "
+        "then it says null, and where to ask.",
     )
     start_in_any_case_s: float = Field(
         3600.0,

@@ -84,9 +84,9 @@ def describe_standard_headers() -> list[dict[str, Any]]:
 def _describe_body(hook: Hook) -> tuple[list[dict[str, Any]], dict[str, type[BaseModel]]]:
     match hook:
         case GithubHook():
-            event = {"type": "string", "enum": ["push"]}
+            event = {"type": "string", "minLength": 1}
             headers = [
-                _header("X-GitHub-Event", event, "push; ping gets 200, and others are ignored."),
+                _header("X-GitHub-Event", event, "push has this body; ping gets 200, others are ignored."),
                 _header("X-GitHub-Delivery", _ID, "The delivery's id."),
             ]
             return headers, {"application/json": GithubPush}

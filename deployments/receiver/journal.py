@@ -229,14 +229,15 @@ class Journal:
     def close_all(self) -> None:
         self._db.execute("UPDATE batch SET state = 'closed' WHERE state = 'open'")
 
-    def take_seed(self, batch: str) -> Batch:
-        """Fix which deliveries the batch's run is created with; the same ones when asked again."""
+    def take_seed(self, batch: str) -> tuple[Batch, list[tuple[str, ...] | None]]:
+        """Fix which deliveries the batch's run is created with, and what they name; the same ones when asked again."""
         self._db.execute(
             "UPDATE batch SET seed = (SELECT max(number) FROM delivery WHERE batch = batch.id) "
             "WHERE id = ? AND seed IS NULL",
             (batch,),
         )
-        return self.read_batch(batch)
+        seeded = self.read_batch(batch)
+        return seeded, self.read_names(batch, seeded.covered, seeded.seed)
 
     def read_names(self, batch: str, after: int, upto: int | None = None) -> list[tuple[str, ...] | None]:
         """What the batch's deliveries with numbers in (after, upto] name."""
@@ -246,8 +247,9 @@ class Journal:
         )
         return [_read_changed(row[0]) for row in rows]
 
-    def set_run(self, batch: str, run: str) -> None:
+    def set_run(self, batch: str, run: str) -> Batch:
         self._db.execute("UPDATE batch SET run = ? WHERE id = ?", (run, batch))
+        return self.read_batch(batch)
 
     def start_over(self, batch: str, covered: int) -> Batch:
         """The batch needs another run, for the deliveries after `covered`."""

@@ -156,8 +156,6 @@ def map_cloudevents(hook: CloudEventsHook, headers: Mapping[str, str], tree: Any
             400,
             f"Not a CloudEvent: send Content-Type {_STRUCTURED}, or the attributes as headers (ce-id, ce-source, ...).",
         )
-    if event.specversion != "1.0":
-        raise Refused(422, f"specversion is {show_path(event.specversion)}; 1.0 is read.")
     mapped = _map_event(hook, event)
     return Mapped(mapped.changed, mapped.ignored, mapped.status, event_id=event.id)
 

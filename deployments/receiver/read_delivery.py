@@ -131,7 +131,7 @@ def _find_id(hook: Hook, headers: Mapping[str, str], event_id: str | None, diges
             )
         case S3Hook():
             # MinIO gives none; its records hold a sequencer and the time, so that only a repetition has the same body.
-            return headers.get("webhook-id") or digest[:32]
+            return headers.get("webhook-id", digest[:32])
         case GenericHook():
             # Without an id each is a new one: {} from cron every night is meant each time.
-            return headers.get("webhook-id") or str(uuid.uuid4())
+            return headers.get("webhook-id", str(uuid.uuid4()))

@@ -8,22 +8,25 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
 from uuid import UUID
 
 import httpx
+from prefect.client.orchestration import PrefectClient, get_client
+from prefect.client.schemas.objects import FlowRun
+from prefect.exceptions import ObjectNotFound, PrefectException
+from prefect.states import Scheduled
+from prefect.types._datetime import now
+from prefect.utilities.urls import url_for
 
 from tasks.server_calls import is_server_away
 
-if TYPE_CHECKING:
-    from prefect.client.orchestration import PrefectClient
-    from prefect.client.schemas.objects import FlowRun
-
 logger = logging.getLogger(__name__)
 
-# Prefect's own client waits a minute for an answer, and tries five times. Here the next try is the caller's.
+# Prefect's own client waits a minute for an answer. Here the next try is the caller's; see also serve().
 CALL_TIMEOUT_S = 10.0
 COLLECTING = "Collecting"
+_ANY_RUN = UUID(int=0)
 
 Outcome = Literal["released", "missed", "gone"]
 """released: the run starts, or has started, with these paths. missed: it had begun, or was cancelled, before it had them.
@@ -59,13 +62,13 @@ class PrefectRuns:
     def __init__(self, client: PrefectClient, start_in_any_case_s: float) -> None:
         self._client = client
         self._start_in_any_case = timedelta(seconds=start_in_any_case_s)
+        # Once: it reads all of Prefect's settings, and each answer holds a page.
+        self._page = url_for("flow-run", _ANY_RUN)
 
     async def create(self, deployment: str, changed: Sequence[str] | None, *, key: str, hook: str) -> str:
         """A run of the deployment that waits for its release; the one of that key, if there is one already."""
-        from prefect.states import Scheduled
-        from prefect.types._datetime import now
-
         async with _calling("create a run"):
+            # By name each time: a deployment that was deleted and made again has another id.
             found = await self._client.read_deployment_by_name(deployment)
             run = await self._client.create_flow_run_from_deployment(
                 found.id,
@@ -85,9 +88,6 @@ class PrefectRuns:
 
     async def release(self, run: str, changed: Sequence[str] | None) -> Outcome:
         """Give the run its final paths and let it start now. Again for the same run: no harm, and the same outcome."""
-        from prefect.exceptions import ObjectNotFound
-        from prefect.states import Scheduled
-
         async with _calling("release a run"):
             try:
                 before = await self._client.read_flow_run(UUID(run))
@@ -116,9 +116,7 @@ class PrefectRuns:
             )
 
     def page(self, run: str) -> str | None:
-        from prefect.utilities.urls import url_for
-
-        return url_for("flow-run", run)
+        return None if self._page is None else self._page.replace(str(_ANY_RUN), run)
 
 
 def _to_parameter(changed: Sequence[str] | None) -> list[str] | None:
@@ -132,13 +130,9 @@ def _waits(run: FlowRun) -> bool:
 
 @asynccontextmanager
 async def _calling(what: str) -> AsyncIterator[None]:
-    from prefect.exceptions import ObjectNotFound, PrefectException
-    from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
-
     try:
-        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
-            async with asyncio.timeout(CALL_TIMEOUT_S):
-                yield
+        async with asyncio.timeout(CALL_TIMEOUT_S):
+            yield
     except TimeoutError:
         raise RunsUnavailable(
             f"The Prefect server took more than {CALL_TIMEOUT_S:g} s to {what}.", is_away=True
@@ -161,7 +155,5 @@ async def _calling(what: str) -> AsyncIterator[None]:
 @asynccontextmanager
 async def connect_runs(start_in_any_case_s: float) -> AsyncIterator[PrefectRuns]:
     """The server may be away, now or later."""
-    from prefect.client.orchestration import get_client
-
     async with get_client() as client:
         yield PrefectRuns(client, start_in_any_case_s)

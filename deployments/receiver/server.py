@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from deployments.receiver.app import make_app
 from deployments.receiver.config import read_receiver_settings
@@ -28,7 +29,7 @@ GRACE_S = 10
 
 
 def serve(
-    config_path: Path, host: str = "127.0.0.1", port: int = 8090, environment: Mapping[str, str] | None = None
+    config_path: Path, host: str = "127.0.0.1", port: int = 4300, environment: Mapping[str, str] | None = None
 ) -> None:
     """Serve the hooks of `config_path`; blocks until SIGTERM or SIGINT, then ends the open bursts and releases their runs.
 
@@ -62,7 +63,10 @@ def serve(
             # uvicorn stops gently, then raises the signal again, for whoever handled it before: an orderly end is exit 0.
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: None)
-        server.run(sockets=[listener])
+        # The client's own five tries would hold up ours. Around the loop: each of its tasks has this context, and to enter
+        # it takes 40 ms, too much for each call.
+        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
+            server.run(sockets=[listener])
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -80,8 +84,6 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _require_server() -> None:
-    from prefect.settings import PREFECT_API_URL
-
     if not PREFECT_API_URL.value():
         raise ConfigError(
             "PREFECT_API_URL is not set, so there is no Prefect server that runs could be created on. Set it, as "
