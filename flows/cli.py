@@ -148,8 +148,9 @@ def plan(
     """Say what an ingest of SOURCE would do and whether it fits; nothing is embedded or written."""
     from tasks.json_ready import to_json_ready
     from tasks.observe import observing
-    from tasks.report import tabulate_models, tabulate_plan, tabulate_rejections
+    from tasks.report import tabulate_rejections
     from tasks.settings import build_settings, parse_bytes
+    from tasks.tabulate_plan import tabulate_models, tabulate_plan
 
     terminal = open_terminal(json=json, quiet=quiet)
     with terminal.logging_from(log_level), ExitCodes(terminal):
@@ -252,8 +253,8 @@ def calibrate(
     """Probe the device and store the fitted memory model; print its error on held-back probes."""
     from tasks.json_ready import to_json_ready
     from tasks.observe import observing
-    from tasks.report import tabulate_calibration, tabulate_coefficients, tabulate_probes
     from tasks.settings import build_settings
+    from tasks.tabulate_plan import tabulate_calibration, tabulate_coefficients, tabulate_probes
 
     terminal = open_terminal(json=json, quiet=quiet)
     with terminal.logging_from(log_level), ExitCodes(terminal):

@@ -24,7 +24,7 @@ from tasks.records import (
     RunSummary,
     SearchHit,
 )
-from tasks.report import tabulate_models
+from tasks.tabulate_plan import tabulate_models
 
 ANSI = "\x1b["
 

@@ -31,22 +31,24 @@ from tasks.report import (
     describe_steps,
     hide_credentials,
     render_report,
-    tabulate_calibration,
-    tabulate_coefficients,
     tabulate_documents,
     tabulate_ladder,
     tabulate_memory,
-    tabulate_models,
     tabulate_nodes,
     tabulate_partition_page,
     tabulate_partitions,
-    tabulate_plan,
-    tabulate_probes,
     tabulate_rejections,
     tabulate_run,
     thin_series,
 )
 from tasks.tables import Column, Table, format_value, to_artifact_rows, to_lines, to_markdown
+from tasks.tabulate_plan import (
+    tabulate_calibration,
+    tabulate_coefficients,
+    tabulate_models,
+    tabulate_plan,
+    tabulate_probes,
+)
 
 GIB = 1024**3
 
