@@ -144,7 +144,10 @@ class SpoolFolder:
 
     def has_partition(self, partition: Partition) -> bool:
         self._files.invalidate_cache(self._folder)
-        return bool(self._files.exists(partition.path))
+        try:
+            return bool(self._files.exists(partition.path))
+        except OSError as error:
+            raise _unreadable(partition.path, error) from error
 
     def write_note(self, name: str, content: bytes) -> None:
         """A small file beside the partitions, replaced as a whole: a report, a sign of life. See spool_reports."""
@@ -156,7 +159,10 @@ class SpoolFolder:
 
     def list_notes(self, ending: str) -> list[str]:
         """Names of the notes that end like this."""
-        return [name for path in self._list_own() if (name := path.rsplit("/", 1)[-1]).endswith(ending)]
+        try:
+            return [name for path in self._list_own() if (name := path.rsplit("/", 1)[-1]).endswith(ending)]
+        except OSError as error:
+            raise _unreadable(self.url, error) from error
 
     def remove_partition(self, partition: Partition) -> None:
         """Remove a partition's nodes, vectors and reports: they are in Qdrant. Nothing happens where they are gone already."""
@@ -174,9 +180,11 @@ class SpoolFolder:
     def measure(self) -> int:
         """Bytes of all its own files."""
         self._files.invalidate_cache(self._folder)
-        return sum(
-            int(each["size"] or 0) for each in self._files.ls(self._folder, detail=True) if _is_own(each["name"])
-        )
+        try:
+            found = self._files.ls(self._folder, detail=True)
+        except OSError as error:
+            raise _unreadable(self.url, error) from error
+        return sum(int(each["size"] or 0) for each in found if _is_own(each["name"]))
 
     def lock(self, what: str) -> None:
         """Keep other runs out of this folder until unlock() or the end of the process; only on a local disk.
@@ -233,7 +241,9 @@ class SpoolFolder:
         try:
             names = self._list_own()
             for path in names:
-                self._files.rm_file(path)
+                # A worker that was cut off and comes back renames its own note away meanwhile: go on with the others.
+                with contextlib.suppress(FileNotFoundError):
+                    self._files.rm_file(path)
         except FileNotFoundError:
             return 0
         except OSError as error:
@@ -271,9 +281,7 @@ class SpoolFolder:
                 f"Spool file {path} is gone. Was the spool cleared, or is it not shared? Run the ingest again."
             ) from error
         except OSError as error:
-            raise SpoolError(
-                f"Spool file {path} can't be read ({error}). Check the disk or the store behind it."
-            ) from error
+            raise _unreadable(path, error) from error
         return content
 
     def _write(self, path: str, content: memoryview) -> None:
@@ -375,6 +383,10 @@ def _vectors_path(partition: Partition) -> str:
 
 def _is_own(path: str) -> bool:
     return _OWN_FILES.fullmatch(path.rsplit("/", 1)[-1]) is not None
+
+
+def _unreadable(path: str, reason: object) -> SpoolError:
+    return SpoolError(f"Spool file {path} can't be read ({reason}). Check the disk or the store behind it.")
 
 
 def _torn(path: str, reason: object) -> SpoolError:
