@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import pytest
 from prefect_server import PrefectServer
 
+from flows.setup_server import connect
 from tasks.claim import HoldTimes, to_variable
 from tasks.errors import RunStopped, StoreLocked
 from tasks.exclusive import hold_collection
@@ -21,6 +22,7 @@ QUICK = HoldTimes(poll_s=0.1, renew_s=0.2, ended_s=3.0, silent_s=6.0)
 HOLD = """
 import sys, threading
 from prefect import flow
+from flows.setup_server import connect
 from tasks.claim import HoldTimes
 from tasks.exclusive import hold_collection
 
@@ -170,7 +172,8 @@ def test_a_server_that_is_away_costs_nobody_a_collection(shared_api: PrefectServ
         shared_api.stop(kill=True)
         time.sleep(QUICK.ended_s)
         shared_api.start()
-        shared_api.wait()
+        with connect(wait_s=90):  # as `ballast setup` does: it waits for a server that is starting
+            pass
         before = record_of(shared_api, collection)
         assert before is not None
         wait_until(lambda: record_of(shared_api, collection)["value"] != before["value"], 60)  # type: ignore[index]

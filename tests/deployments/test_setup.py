@@ -26,6 +26,7 @@ SITE = {
     "BALLAST_DATA_FOLDER": "/data/ballast",
     "QDRANT_URL": "http://qdrant:6333",
 }
+SILENT = "ballast: silent runs are crashed"
 KEY = f"key-{uuid.uuid4().hex}"
 
 
@@ -60,9 +61,7 @@ def set_up(server: PrefectServer, *arguments: str, **site: str) -> Ended:
 
 @pytest.fixture(scope="module")
 def first(prefect_server: PrefectServer) -> Ended:
-    """The first set-up, of a server that is only starting."""
-    prefect_server.stop()
-    prefect_server.start()
+    """The first set-up, of an empty server."""
     return set_up(prefect_server, QDRANT_API_KEY=KEY)
 
 
@@ -93,6 +92,44 @@ def wait_for(look: Callable[[], Any], timeout_s: float = 40.0) -> Any:
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.2)
     return found
+
+
+@dataclass
+class Receiver:
+    """Somebody's chat."""
+
+    url: str
+    received: list[dict[str, Any]] = field(default_factory=list)
+
+
+@pytest.fixture(scope="module")
+def receiver() -> Iterator[Receiver]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            found.received.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    found = Receiver(f"http://127.0.0.1:{server.server_address[1]}/hooks/{uuid.uuid4().hex}")
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield found
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture(scope="module")
+def forced(first: Ended, prefect_server: PrefectServer, receiver: Receiver) -> Ended:
+    """After an operator's changes, with --force, and now with somebody to notify."""
+    prefect_server.ask("PATCH", "/work_pools/gpu-pool", {"concurrency_limit": 9})
+    (automation,) = [entry for entry in find(prefect_server, "automations") if entry["name"] == SILENT]
+    prefect_server.ask("PATCH", f"/automations/{automation['id']}", {"enabled": False})
+    return set_up(prefect_server, "--force", BALLAST_NOTIFY_URL=receiver.url)
 
 
 def test_the_first_time_everything_is_made(first: Ended, prefect_server: PrefectServer) -> None:
@@ -140,9 +177,8 @@ def test_the_first_time_everything_is_made(first: Ended, prefect_server: Prefect
 def test_again_it_changes_nothing_and_leaves_alone_what_an_operator_changed(
     first: Ended, prefect_server: PrefectServer
 ) -> None:
-    silent = "ballast: silent runs are crashed"
     automations = find(prefect_server, "automations")
-    automation = next(entry for entry in automations if entry["name"] == silent)
+    automation = next(entry for entry in automations if entry["name"] == SILENT)
     ingest = deployment(prefect_server, "ingest/documents")
     schedule = f"/deployments/{ingest['id']}/schedules/{ingest['schedules'][0]['id']}"
     prefect_server.ask("PATCH", "/work_pools/gpu-pool", {"concurrency_limit": 9})
@@ -154,7 +190,7 @@ def test_again_it_changes_nothing_and_leaves_alone_what_an_operator_changed(
     assert {name: count for name, count in again.counts.items() if count} == {"unchanged": 11, "kept": 1, "skipped": 1}
     assert len(find(prefect_server, "automations")) == len(automations)
     assert again.step("gpu-pool")["note"] == "limit 9 on the server, 4 in the file; --force sets it"
-    assert again.step(silent)["note"] == "off on the server; --force switches it on"
+    assert again.step(SILENT)["note"] == "off on the server; --force switches it on"
     assert prefect_server.ask("GET", "/work_pools/gpu-pool")["concurrency_limit"] == 9
     assert not deployment(prefect_server, "ingest/documents")["schedules"][0]["active"]
 
@@ -162,10 +198,13 @@ def test_again_it_changes_nothing_and_leaves_alone_what_an_operator_changed(
     assert would.step("gpu-pool")["outcome"] == "updated"
     assert prefect_server.ask("GET", "/work_pools/gpu-pool")["concurrency_limit"] == 9, "--dry-run"
 
-    forced = set_up(prefect_server, "--force")
-    assert forced.step("gpu-pool")["outcome"] == forced.step(silent)["outcome"] == "updated"
+
+def test_force_sets_it_back(forced: Ended, prefect_server: PrefectServer) -> None:
+    assert forced.code == 0, forced.stderr
+    assert forced.step("gpu-pool")["outcome"] == forced.step(SILENT)["outcome"] == "updated"
     assert prefect_server.ask("GET", "/work_pools/gpu-pool")["concurrency_limit"] == 4
-    assert prefect_server.ask("GET", f"/automations/{automation['id']}")["enabled"]
+    (automation,) = [entry for entry in find(prefect_server, "automations") if entry["name"] == SILENT]
+    assert automation["enabled"]
 
 
 def test_the_secret_is_a_block_and_nowhere_in_clear(first: Ended, prefect_server: PrefectServer) -> None:
@@ -207,40 +246,9 @@ def test_an_event_without_paths_or_of_another_source_starts_nothing(
     assert new_runs(prefect_server, before) == []
 
 
-@dataclass
-class Receiver:
-    """Somebody's chat."""
-
-    url: str
-    received: list[dict[str, Any]] = field(default_factory=list)
-
-
-@pytest.fixture
-def receiver() -> Iterator[Receiver]:
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            found.received.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
-            self.send_response(204)
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    found = Receiver(f"http://127.0.0.1:{server.server_address[1]}/hooks/{uuid.uuid4().hex}")
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield found
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-def test_somebody_is_notified(first: Ended, prefect_server: PrefectServer, receiver: Receiver) -> None:
-    with_url = set_up(prefect_server, BALLAST_NOTIFY_URL=receiver.url)
-    assert with_url.code == 0, with_url.stderr
-    assert with_url.step("ballast-notify")["outcome"] == "created"
-    assert with_url.step("ballast: notify of ended runs")["outcome"] == "updated"
+def test_somebody_is_notified(forced: Ended, prefect_server: PrefectServer, receiver: Receiver) -> None:
+    assert forced.step("ballast-notify")["outcome"] == "created"
+    assert forced.step("ballast: notify of ended runs")["outcome"] == "updated"
 
     flow = prefect_server.ask("POST", "/flows/", {"name": "ingest"})
     crashed = prefect_server.ask(
@@ -258,7 +266,7 @@ def test_somebody_is_notified(first: Ended, prefect_server: PrefectServer, recei
     assert "the worker is gone" in notes["Ballast: ingest documents from /data is Crashed"]
 
     token = receiver.url.rpartition("/")[2]
-    assert token not in with_url.stdout + with_url.stderr
+    assert token not in forced.stdout + forced.stderr
     kept = [path for path in prefect_server.home.rglob("*") if path.is_file()]
     assert [path for path in kept if token.encode() in path.read_bytes()] == []
     again = set_up(prefect_server, "--dry-run", BALLAST_NOTIFY_URL=receiver.url)
