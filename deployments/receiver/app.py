@@ -37,7 +37,8 @@ logger = logging.getLogger(__name__)
 
 # Anyone may ask for /readyz: the Prefect server is asked at most so often.
 READY_FOR_S = 2.0
-STOP_PATIENCE_S = 15.0
+# With uvicorn's own grace below the 10 s after which Docker kills; the journal has what is left.
+STOP_PATIENCE_S = 6.0
 
 Keys = Mapping[str, Sequence[bytes]]
 ConnectRuns = Callable[[], AbstractAsyncContextManager[FlowRuns]]
@@ -185,7 +186,7 @@ class Receiver:
             )
         except RunsUnavailable as error:
             return str(error)
-        return None
+        return self.running.batches.fault
 
 
 # ---------------------------------------------------------------------------------------------- routes

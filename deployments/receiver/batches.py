@@ -41,6 +41,7 @@ class Batches:
         self._has_run: dict[str, asyncio.Event] = {}
         self._is_closed: dict[str, asyncio.Event] = {}
         self._is_away = False
+        self._faults: dict[str, str] = {}
         self._tick = asyncio.Event()
         self._closer: asyncio.Task[None] | None = None
 
@@ -48,9 +49,21 @@ class Batches:
         """Carry on what an earlier process left; a burst that was open then is over."""
         await self._commits.do(lambda journal: journal.close_all())
         for batch in await self._commits.do(lambda journal: journal.unfinished()):
-            logger.info("webhook_batch resumed batch=%s hook=%s run=%s", batch.id, batch.hook, batch.run)
-            self._carry(batch)
+            if batch.hook in self._hooks:
+                logger.info("webhook_batch resumed batch=%s hook=%s run=%s", batch.id, batch.hook, batch.run)
+                self._carry(batch)
+            else:
+                logger.warning(
+                    "webhook_batch left batch=%s hook=%s: the hook is not configured any more; its deliveries wait until it is",
+                    batch.id,
+                    batch.hook,
+                )
         self._closer = asyncio.create_task(self._close_batches())
+
+    @property
+    def fault(self) -> str | None:
+        """Why deliveries that were accepted don't become runs at present."""
+        return next(iter(self._faults.values()), None)
 
     async def stop(self, patience_s: float) -> int:
         """End the open bursts and release their runs; how many are left to the next start after `patience_s`."""
@@ -113,6 +126,7 @@ class Batches:
     def _forget(self, batch: str, task: asyncio.Task[None]) -> None:
         del self._carried[batch], self._is_closed[batch]
         self._has_run.pop(batch).set()
+        self._faults.pop(batch, None)
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("webhook_batch failed batch=%s", batch, exc_info=error)
 
@@ -180,6 +194,7 @@ class Batches:
                 result = await step(argument)
             except (RunsUnavailable, sqlite3.Error) as error:
                 self._is_away = isinstance(error, RunsUnavailable) and error.is_away
+                self._faults[batch.id] = str(error)
                 logger.warning("webhook_batch waiting batch=%s hook=%s reason=%r", batch.id, batch.hook, str(error))
                 # Those who wait for a run's id get their answer without.
                 self._has_run[batch.id].set()
@@ -187,6 +202,7 @@ class Batches:
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
             else:
                 self._is_away = False
+                self._faults.pop(batch.id, None)
                 return result
 
     # ------------------------------------------------------------------------------------------ the clock
@@ -210,6 +226,7 @@ class Batches:
                 logger.warning("webhook_journal unwritable reason=%r", str(error))
                 await asyncio.sleep(1)
                 continue
+            unfinished = [batch for batch in unfinished if batch.hook in self._hooks]
             for batch in unfinished:
                 self._carry(batch)
                 if batch.state != "open":

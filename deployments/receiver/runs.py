@@ -141,7 +141,8 @@ async def _calling(what: str) -> AsyncIterator[None]:
         is_away = is_server_away(error)
         said = f" ({error.response.text[:300]})" if isinstance(error, httpx.HTTPStatusError) and not is_away else ""
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise RunsUnavailable(f"The Prefect server can't {what}: {reason}{said}.", is_away=is_away) from error
+        way_out = " Start it, or check PREFECT_API_URL." if is_away else ""
+        raise RunsUnavailable(f"The Prefect server can't {what}: {reason}{said}.{way_out}", is_away=is_away) from error
     except ObjectNotFound as error:
         raise RunsUnavailable(
             f"The Prefect server can't {what}: {error}. Is the deployment set up (ballast setup)?", is_away=False

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 # More at a time get 503 and come again: memory is bounded by this and max_body_bytes.
 MAX_CONNECTIONS = 512
-GRACE_S = 10
+GRACE_S = 3
 
 
 def serve(
@@ -36,6 +36,7 @@ def serve(
     `port` 0: a free one, in the log. `environment`: where secrets come from, os.environ by default; Secret blocks are read
     from the Prefect server. Raises ConfigError: the file, a secret, PREFECT_API_URL, the journal, the port.
     """
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each call to the Prefect server
     settings = read_receiver_settings(config_path)
     _require_server()
     keys = read_keys(settings.hooks, os.environ if environment is None else environment, read_secret_block)
