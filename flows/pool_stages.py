@@ -17,10 +17,10 @@ from prefect.futures import PrefectFuture
 from flows.stages import Followed, Result, follow
 from tasks.engine.ingest_run import IngestRun
 from tasks.engine.shared_partitions import PoolDevices, put_on_one_clock
-from tasks.errors import ApiUnavailable, DeviceError
+from tasks.errors import ApiUnavailable, DeviceError, SpoolError
 from tasks.hand_over import collect_partition, hand_over_group
 from tasks.policy.groups import Dispatcher, Group, GroupLimits
-from tasks.pool_runs import PoolRuns, RunLook
+from tasks.pool_runs import END_PATIENCE_S, PoolRuns, RunLook
 from tasks.publish import ProgressArtifact
 from tasks.records import Partition, PartitionReport, Pool, PoolReport, SignOfLife
 from tasks.upsert import count_retries
@@ -96,7 +96,8 @@ class PoolStages:
         self._dispatcher.add(partition)
 
     def is_full(self) -> bool:
-        return self._run.is_spool_full()
+        # With nothing under way nothing would ever make room: then one partition is taken, however large.
+        return self.is_busy() and self._run.is_spool_full()
 
     def complete(self) -> None:
         self._dispatcher.complete()
@@ -116,13 +117,24 @@ class PoolStages:
 
     def close(self) -> None:
         """End what is still under way: after an error, a cancellation. Its partitions are the next run's."""
+        if self._starting:
+            self._run.stop.set()  # a hand-over that waits for a server would start its run when nobody looks after it
         now = time.monotonic()
         for group, started in self._starting:
-            if started.is_done and started.future.state.is_completed():
-                self._groups[group.number] = _GroupRun(group, started.future.result(), since=now)
+            try:
+                left_s = max(0.0, now + END_PATIENCE_S - time.monotonic())
+                run_id = started.future.result(timeout=left_s, raise_on_failure=False)
+            except TimeoutError:
+                logger.warning("group number=%d is being handed over still: the next run ends its run", group.number)
+                continue
+            if isinstance(run_id, str):  # not the error that kept it from starting
+                self._groups[group.number] = _GroupRun(group, run_id, since=now)
         for number, each in list(self._groups.items()):
             del self._groups[number]
-            self._run.shared.revoke(each.run_id)
+            try:
+                self._run.shared.revoke(each.run_id)
+            except SpoolError as error:  # perhaps what ended this run: the others are to be ended all the same
+                logger.warning("run=%s not revoked reason=%r", each.run_id, str(error))
             self._end_run(each, "its ingest run has ended", crashed=False)
 
     def advance(self) -> None:
@@ -147,8 +159,8 @@ class PoolStages:
     def _finish_collecting(self) -> None:
         for each in [each for each in self._collecting if each.task.is_done]:
             self._collecting.remove(each)
-            if each.partition.index not in self._run.reports:
-                each.task.future.result()  # nodes that failed are in its report; an error that left none ends the run here
+            if not self._run.shared.is_taken(each.partition, each.report.pool):
+                each.task.future.result()  # nodes that failed are in its report; an error that kept it out ends the run here
             if not each.report.left_rows:
                 self._progress.update(each.partition)
 
@@ -179,6 +191,7 @@ class PoolStages:
             if not self._dispatcher.open_partitions(number):
                 self._end_group(number, each, died_over=None, reason="")
             elif look is not None and look.phase == "ended":
+                self._run.shared.revoke(each.run_id)  # the server may say so of one that it only lost sight of
                 self._end_group(number, each, died_over=self._current(each), reason=look.state)
             elif (reason := self._find_dead(each, now)) is not None:
                 self._run.shared.revoke(each.run_id)

@@ -6,7 +6,6 @@ from typing import cast
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-from prefect.runtime import flow_run
 
 from tasks.embed import judge_report
 from tasks.engine.ingest_run import IngestRun
@@ -28,8 +27,10 @@ from tasks.upsert import RETRY_DELAYS_S, is_transient
 )
 def hand_over_group(run: IngestRun, runs: PoolRuns, group: Group) -> str:
     """The ledger says that the group's documents are begun, then a worker may take them. Returns the run's id."""
+    run.refuse_if_stopped()
     ordered = run.shared.begin(group)
-    run_id = runs.start(ordered, key=f"{flow_run.get_id()}-group-{group.number}")
+    run.refuse_if_stopped()
+    run_id = runs.start(ordered, key=f"{run.shared.token}-group-{group.number}")
     indexes = [partition.index for partition in group.partitions]
     return complete(run_id, f"{group.tokens:,} tokens, partitions {', '.join(map(str, indexes[:20]))}: run {run_id}")
 

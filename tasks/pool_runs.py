@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Collection, Mapping
@@ -88,10 +89,11 @@ class PoolRuns:
 
     def end(self, run_id: str, reason: str, *, crashed: bool) -> None:
         """Crashed: nobody works on it any more. Else it is cancelled: its worker ends its process. Raises ApiUnavailable."""
-        if crashed:
-            ask_server(lambda: _set_state(run_id, Crashed(message=reason)), END_PATIENCE_S)
-            return
-        ask_server(lambda: _cancel(UUID(run_id), reason), END_PATIENCE_S)
+        with contextlib.suppress(ObjectNotFound):  # somebody has deleted it
+            if crashed:
+                ask_server(lambda: _set_state(run_id, Crashed(message=reason)), END_PATIENCE_S)
+            else:
+                ask_server(lambda: _cancel(UUID(run_id), reason), END_PATIENCE_S)
 
     def end_orphans(self) -> list[str]:
         """Cancel what an ingest run of this collection that was killed has left open, and see it end; returns the runs' ids.

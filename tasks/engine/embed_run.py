@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -132,7 +132,8 @@ class EmbedRun:
         if left.size:
             self._refuse_if_stopped()
         # What the GPU's report says is stored, is. Vectors without a report are of a run that died before it stored them.
-        own = np.setdiff1d(rows, _list_stored(before, partition)) if before is not None else rows
+        # Vectors of rows that it says Qdrant refused are kept as well, and are in the books as failed already.
+        own = np.setdiff1d(rows, [*_list_stored(before, partition), *failed_before]) if before is not None else rows
         failed = {int(todo[row]): reason for row, reason in embedded.failed.items()}
         report = self._to_report(partition, nodes, embedded, own.size - good.size, todo, left, failed)
         self._embedded[partition.index] = _Embedded(own, left, failed)
@@ -162,7 +163,12 @@ class EmbedRun:
             except StoreRejected as error:
                 # The same for every run that tries: its documents fail by name, the other partitions go on.
                 stored = stored[:0]
-                failed |= {int(row): f"Qdrant refuses its partition's points: {error}" for row in embedded.rows}
+                reason = f"Qdrant refuses its partition's points: {error}"
+                failed |= {int(row): reason for row in embedded.rows}
+                refused = {**self.reports[partition.index].failed_nodes, **{node.node_id: reason for node in nodes}}
+                self.reports[partition.index] = replace(
+                    self.reports[partition.index], gpu_nodes=0, cpu_nodes=0, failed_nodes=refused
+                )
                 self.tell(f"partition {partition.index}: {error}")
         is_all = stored.size == partition.nodes
         report = PoolReport(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -29,6 +30,8 @@ from tasks.records import (
 )
 
 logger = logging.getLogger(__name__)
+
+TASK_PATIENCE_S = 20.0  # the tasks that begin and take partitions are repeated by Prefect, which shows it
 
 
 @dataclass(slots=True)
@@ -76,14 +79,17 @@ class SharedPartitions:
         self._fingerprint = fingerprint
         self._books_lock = books_lock
         self._store_lock = store_lock
+        # Not the flow run's id: run again from the UI, it is the same one, and its groups would be the ended ones of before.
+        self.token = uuid.uuid4().hex
         self._booked: set[tuple[int, Pool]] = set()
+        self._taken: set[tuple[int, Pool]] = set()
         self._pool_reports: dict[int, PoolReport] = {}
 
     # ------------------------------------------------------------------------------------------ handing out
 
     def begin(self, group: Group) -> EmbedGroup:
         """Make the collection, say in the ledger that the group's documents are begun; returns the worker's order."""
-        with self._store_lock:
+        with self._store_lock, self._collection.patient_for(TASK_PATIENCE_S):
             self._collection.make()
             for partition in group.partitions:
                 self._committer.begin(self._spool.read_doc_ids(partition))
@@ -128,15 +134,36 @@ class SharedPartitions:
 
         Can be repeated after StoreUnavailable.
         """
-        with self._store_lock:
+        with self._store_lock, self._collection.patient_for(TASK_PATIENCE_S):
             if (partition.index, report.pool) not in self._booked:
+                if report.pool == "cpu" and not _covers(report, partition):
+                    self._book_late(partition)
                 self._book(partition, report)
             self._committer.commit_whole()
             if not report.left_rows:
                 self._spool.remove_partition(partition)
+            self._taken.add((partition.index, report.pool))
+
+    def is_taken(self, partition: Partition, pool: Pool) -> bool:
+        """Whether take() came to its end with this pool's report."""
+        return (partition.index, pool) in self._taken
 
     def fail(self, partition: Partition, pool: Pool, reason: str) -> None:
-        """No pool can embed it: its nodes that are not stored fail, each document by name."""
+        """No pool can embed it: its nodes that are not stored fail, each document by name. Asks nothing of Qdrant."""
+        with self._store_lock:
+            self._book_late(partition)
+            self._book(partition, self._to_lost(partition, pool, reason))
+            self._spool.remove_partition(partition)
+
+    def _book_late(self, partition: Partition) -> None:
+        """A report that a run of gpu-pool wrote while it was taken for dead: cpu-pool's leaves out what that has stored."""
+        if (partition.index, "gpu") in self._booked:
+            return
+        late = read_report(self._spool, partition, "gpu")
+        if late is not None:
+            self._book(partition, late)
+
+    def _to_lost(self, partition: Partition, pool: Pool, reason: str) -> PoolReport:
         before = self._pool_reports.get(partition.index)
         stored = set() if before is None else set(list_stored_rows(before, partition.nodes))
         known = set(before.failed_rows) if before is not None else set()
@@ -149,7 +176,7 @@ class SharedPartitions:
             redone_fp32=0, steps=(), device=f"{pool}-pool",
         )  # fmt: skip
         # Under "cpu" whatever the pool: nothing comes after it.
-        self.take(partition, PoolReport(lost, "cpu", "", 0.0, (), failed_rows=dict.fromkeys(rows, reason)))
+        return PoolReport(lost, "cpu", "", 0.0, (), failed_rows=dict.fromkeys(rows, reason))
 
     def _book(self, partition: Partition, report: PoolReport) -> None:
         doc_ids = self._spool.read_doc_ids(partition)
@@ -170,6 +197,11 @@ class SharedPartitions:
             partition.index, report.pool, len(stored), len(report.left_rows), len(report.failed_rows), report.run_id,
         )  # fmt: skip
         self._observer.partition_done(merged)
+
+
+def _covers(report: PoolReport, partition: Partition) -> bool:
+    dealt_with = len(list_stored_rows(report, partition.nodes)) + len(report.failed_rows) + len(report.left_rows)
+    return dealt_with == partition.nodes
 
 
 def check_shared(settings: IngestSettings, *, is_embedded: bool) -> None:

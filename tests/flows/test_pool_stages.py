@@ -133,7 +133,7 @@ def run_flow(
     from tasks.observe import observing
 
     started = (runs or ProcessRuns)(settings, folder, meddle or Meddle())
-    monkeypatch.setattr("flows.ingest.PoolRuns", lambda _settings: started)
+    monkeypatch.setattr("flows.ingest.PoolRuns", lambda *_: started)
     observer = RunObserver()
     try:
         with observing(observer):
@@ -236,6 +236,18 @@ def test_nodes_fail_by_name_where_no_worker_survives_them(
     assert state.is_completed(), state.message
     assert summary is not None
     assert summary.books.documents_written == 6
+
+
+def test_a_spool_without_room_for_two_partitions_takes_one_at_a_time(
+    shared: Callable[..., IngestSettings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is full as soon as there is one: were that one not taken, nothing would ever make room."""
+    state, summary, runs = run_flow(shared(4).model_copy(update={"spool_max_bytes": 1}), tmp_path, monkeypatch)
+    assert state.is_completed(), state.message
+    assert summary is not None
+    assert summary.books.nodes_gpu == summary.books.points_counted
+    assert [len(group.partitions) for group in runs.groups] == [1] * len(summary.partitions)
+    assert len(runs.groups) > 1
 
 
 def list_partition_files(runs: ProcessRuns) -> list[str]:
