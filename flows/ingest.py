@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from typing import Any, cast
 
@@ -17,12 +18,13 @@ from tasks.chunk import chunk_partition
 from tasks.config import IngestSettings
 from tasks.engine.ingest_run import IngestRun, refuse_open_books
 from tasks.exclusive import hold_collection
+from tasks.metrics import start_metrics
 from tasks.observe import current_observer
 from tasks.pool_runs import PoolRuns
 from tasks.prepare import prepare
 from tasks.publish import publish_run
 from tasks.records import RunSummary
-from tasks.report import hide_credentials
+from tasks.report import describe_outcome, hide_credentials
 from tasks.settle import settle_source
 from tasks.start_devices import start_devices
 from tasks.states import complete
@@ -52,33 +54,41 @@ def ingest(settings: IngestSettings, changed: list[str] | None = None) -> RunSum
     changed: doc ids, as a trigger names them: paths of files, tables or folders relative to the source's root. Only these are
     looked at; those that are there are ingested, those that are gone are deleted. None: the whole source.
     """
-    stop, watcher = threading.Event(), current_observer.get()
-    with hold_collection(
-        settings.qdrant.collection, patience_s=settings.collection_wait_s, stop=stop, note=watcher.note
+    stop, note = threading.Event(), current_observer.get().note
+    name = settings.qdrant.collection
+    with (
+        start_metrics(os.environ, collection=name),
+        hold_collection(name, patience_s=settings.collection_wait_s, stop=stop, note=note),
     ):
         later = find_later_run(changed, patience_s=settings.pools.server_outage_s, stop=stop)
         if later is not None:
             return cast(RunSummary, complete(None, f"{later} began later and has seen all of this", name=SUPERSEDED))
-        run = prepare(settings, changed, stop)
-        try:
-            devices = start_devices.submit(run)
-            embed_source(run, devices)
-            devices.result()  # raises what kept the device from starting
-            settle_source(run)
-            summary, off = run.close_books()
-        finally:
-            run.close()
+        summary, off = ingest_source(settings, changed, stop)
+        current_observer.get().run_finished(summary, off)
     publish_run(summary, off, alert_spilled_fraction=settings.alert_spilled_fraction)
-    watcher.run_finished(summary, off)
     refuse_open_books(off)
     if summary.books.documents_failed:
         names = ", ".join(r.doc_id for r in summary.rejections if r.status == "failed")
         message = f"{summary.books.documents_failed} of {summary.books.documents_seen} documents failed: {names[:500]}"
         return cast(RunSummary, Failed(name="DocumentsFailed", message=message))
-    counted = f"{summary.books.points_counted} points counted in {summary.collection}"
     if summary.books.documents_withheld:
-        return complete(summary, f"{' '.join(summary.notes)} {counted}", name="DeletesWithheld")
-    return complete(summary, counted)
+        return complete(summary, f"{' '.join(summary.notes)} {describe_outcome(summary)}", name="DeletesWithheld")
+    return complete(summary, describe_outcome(summary))
+
+
+def ingest_source(
+    settings: IngestSettings, changed: list[str] | None, stop: threading.Event
+) -> tuple[RunSummary, tuple[str, ...]]:
+    """From the source to the books: the run's summary, and what is off in its books. `stop`, once set, ends it."""
+    run = prepare(settings, changed, stop)
+    try:
+        devices = start_devices.submit(run)
+        embed_source(run, devices)
+        devices.result()  # raises what kept the device from starting
+        settle_source(run)
+        return run.close_books()
+    finally:
+        run.close()
 
 
 def embed_source(run: IngestRun, devices: PrefectFuture[str]) -> None:

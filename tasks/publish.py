@@ -22,7 +22,6 @@ from prefect.artifacts import (
 )
 from prefect.events import emit_event
 from prefect.exceptions import PrefectHTTPStatusError
-from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from tasks.errors import ApiUnavailable
 from tasks.picture import draw_memory, explain_no_picture, load_drawing, to_data_url
@@ -266,14 +265,8 @@ def _publish_all(requests: Sequence[Callable[[], object]], *, instead: Sequence[
 def _ask(request: Callable[[], object], patience_s: float, level: int = logging.WARNING) -> bool:
     """Whether the server took it. One that is away, or refuses it, costs the run a line in its log and nothing else."""
     try:
-        ask_server(partial(_ask_once, request), patience_s)
+        ask_server(request, patience_s)
     except (ApiUnavailable, PrefectHTTPStatusError) as error:
         logger.log(level, "not shown in the UI: %s", str(error).splitlines()[0])
         return False
     return True
-
-
-def _ask_once(request: Callable[[], object]) -> None:
-    # A flow's client repeats by itself, for a minute or more, once it has seen its server: patience is ours to have.
-    with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
-        request()

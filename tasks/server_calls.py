@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import httpx
 from prefect.exceptions import PrefectHTTPStatusError
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 from tenacity.stop import stop_base
 
@@ -51,8 +52,14 @@ def ask_server(request: Callable[[], T], patience_s: float, stop: threading.Even
         before_sleep=tell,
         reraise=True,
     )
+
+    def request_once() -> T:
+        # A flow's client repeats by itself, for a minute or more, once it has seen its server: patience is ours to have.
+        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
+            return request()
+
     try:
-        return retrying(request)
+        return retrying(request_once)
     except (PrefectHTTPStatusError, httpx.HTTPError, ConnectionError) as error:
         if not is_server_away(error):
             raise

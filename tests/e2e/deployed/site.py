@@ -180,6 +180,18 @@ class Site:
             f"{self.receiver_url}/hooks/documents", content=content, headers=headers, timeout=30, trust_env=False
         )
 
+    def trigger(self, body: Any, *, delivery: str) -> str:
+        """Deliver, and the id of the run that came of it: told again for the same delivery, once the server had time for it."""
+        answers = [self.deliver(body, delivery=delivery)]
+        assert answers[0].status_code == 202, answers[0].text
+
+        def has_run() -> bool:
+            answers.append(self.deliver(body, delivery=delivery))
+            return answers[-1].json()["run"] is not None
+
+        self.wait_until(has_run, f"delivery {delivery} has a run")
+        return str(answers[-1].json()["run"])
+
     def _get_status(self, path: str) -> int:
         try:
             return httpx.get(f"{self.receiver_url}{path}", timeout=10, trust_env=False).status_code

@@ -37,10 +37,8 @@ def first(site: Site) -> dict[str, Any]:
     for pool in ("ingest-pool", "gpu-pool", "cpu-pool"):
         site.start_worker(pool)
     site.start_receiver()
-    answer = site.deliver({}, delivery="first")
-    assert answer.status_code == 202, answer.text
-    accepted = answer.json()
-    run = site.wait_for_run(accepted["run"])
+    run = site.wait_for_run(site.trigger({}, delivery="first"))
+    accepted = site.deliver({}, delivery="first").json()
     return {"set_up": before, "set_up_again": again, "accepted": accepted, "run": run}
 
 
@@ -72,7 +70,8 @@ def test_the_page_tells_why_nodes_left_the_device(site: Site, first: dict[str, A
     degraded = [task["state"] for task in tasks if task["state"] and task["state"]["name"] == "CompletedDegraded"]
     assert degraded
     assert any("spill" in state["message"] and "cpu-pool" in state["message"] for state in degraded)
-    workers = site.list_runs("embed-partitions")
+    # The ingest needs their reports, not their ends.
+    workers = [site.wait_for_run(worker["id"]) for worker in site.list_runs("embed-partitions")]
     assert all(worker["state_type"] == "COMPLETED" for worker in workers), [worker["state"] for worker in workers]
     assert {worker["work_pool_name"] for worker in workers} == {"gpu-pool", "cpu-pool"}
 
@@ -104,8 +103,8 @@ def test_two_triggers_of_one_collection_dont_overlap(site: Site, first: dict[str
     kept = site.count_points("ship-002.md")
     found = site.ask("GET", "/deployments/name/verify/documents")
     other = site.ask("POST", f"/deployments/{found['id']}/create_flow_run", {"work_queue_name": "default"})
-    answer = site.deliver({"changed": ["buoy-000.md", "ship-001.md"]}, delivery="second")
-    ingest, verify = site.wait_for_run(answer.json()["run"]), site.wait_for_run(other["id"])
+    triggered = site.trigger({"changed": ["buoy-000.md", "ship-001.md"]}, delivery="second")
+    ingest, verify = site.wait_for_run(triggered), site.wait_for_run(other["id"])
     assert ingest["state_type"] == "COMPLETED", ingest["state"]["message"]
     assert site.count_points("buoy-000.md") == 1
     assert site.count_points("ship-001.md") == 0
@@ -122,7 +121,7 @@ def test_two_triggers_of_one_collection_dont_overlap(site: Site, first: dict[str
 def test_a_killed_worker_and_a_restarted_server_lose_nothing(site: Site, first: dict[str, Any]) -> None:
     site.write_documents(60, words=40, prefix="tug")
     before = {worker["id"] for worker in site.list_runs("embed-partitions")}
-    run_id = site.deliver({}, delivery="third").json()["run"]
+    run_id = site.trigger({}, delivery="third")
 
     def list_new(state: str) -> list[dict[str, Any]]:
         new = [worker for worker in site.list_runs("embed-partitions") if worker["id"] not in before]
@@ -150,7 +149,7 @@ def test_a_killed_worker_and_a_restarted_server_lose_nothing(site: Site, first: 
 def test_a_killed_coordinator_is_followed_up_by_the_next_run(site: Site, first: dict[str, Any]) -> None:
     site.write_documents(30, words=40, prefix="ferry")
     before = {worker["id"] for worker in site.list_runs("embed-partitions")}
-    run_id = site.deliver({}, delivery="fourth").json()["run"]
+    run_id = site.trigger({}, delivery="fourth")
     site.wait_until(
         lambda: any(
             worker["state_type"] == "RUNNING" and worker["id"] not in before
@@ -163,7 +162,7 @@ def test_a_killed_coordinator_is_followed_up_by_the_next_run(site: Site, first: 
         "POST", f"/flow_runs/{run_id}/set_state", {"state": {"type": "CRASHED"}, "force": True}
     )  # as the automation
     site.start_worker("ingest-pool", "ingest-pool-2")
-    follower = site.wait_for_run(site.deliver({}, delivery="fifth").json()["run"])
+    follower = site.wait_for_run(site.trigger({}, delivery="fifth"))
     assert follower["state_type"] == "COMPLETED", (follower["state"]["message"], site.read_logs(["ingest-pool-2"]))
     assert site.count_points("ferry-029.md") > 0
     rows = json.loads(site.list_artifacts(follower["id"])["books-documents"]["data"])
