@@ -129,12 +129,14 @@ class PoolStages:
                 continue
             if isinstance(run_id, str):  # not the error that kept it from starting
                 self._groups[group.number] = _GroupRun(group, run_id, since=now)
-        for number, each in list(self._groups.items()):
-            del self._groups[number]
+        ending = list(self._groups.values())
+        self._groups.clear()
+        for each in ending:  # all of them before the first call to a server that may be away
             try:
                 self._run.shared.revoke(each.run_id)
             except SpoolError as error:  # perhaps what ended this run: the others are to be ended all the same
                 logger.warning("run=%s not revoked reason=%r", each.run_id, str(error))
+        for each in ending:
             self._end_run(each, "its ingest run has ended", crashed=False)
 
     def advance(self) -> None:

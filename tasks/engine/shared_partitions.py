@@ -7,6 +7,7 @@ import threading
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from tasks.backends.spool import SpoolFolder
 from tasks.backends.spool_reports import list_reports, read_report, read_sign_of_life, revoke_run
@@ -213,6 +214,10 @@ def check_shared(settings: IngestSettings, *, is_embedded: bool) -> None:
     if settings.spool is None:
         raise ConfigError(
             "pools.enabled needs `spool`: a folder or an fsspec URL that this run and every worker see under the same name."
+        )
+    if "://" not in settings.spool and not Path(settings.spool).is_absolute():
+        raise ConfigError(
+            f"pools.enabled needs an absolute `spool`, not {settings.spool!r}: a worker runs in another folder than this run."
         )
 
 

@@ -406,6 +406,9 @@ def test_pools_need_a_server_and_a_spool_for_all() -> None:
     check_shared(settings, is_embedded=False)
     with pytest.raises(ConfigError, match="needs a Qdrant server"):
         check_shared(settings, is_embedded=True)
+    check_shared(settings.model_copy(update={"spool": "s3://bucket/spool"}), is_embedded=False)
+    with pytest.raises(ConfigError, match="absolute `spool`, not 'spool'"):
+        check_shared(settings.model_copy(update={"spool": "spool"}), is_embedded=False)
     with pytest.raises(ConfigError, match="needs `spool`"):
         check_shared(settings.model_copy(update={"spool": None}), is_embedded=False)
 
