@@ -31,11 +31,11 @@ def test_an_answer_comes_without_a_word() -> None:
     assert notes == []
 
 
-def test_what_is_away_for_a_moment_is_asked_again_and_told_once() -> None:
+def test_what_is_away_for_a_moment_is_asked_again_and_told() -> None:
     notes: list[str] = []
-    request = Away(2)
+    request = Away(1)
     assert Patience(60, threading.Event(), notes.append).wait_for(request) == "answer"
-    assert request.calls == 3
+    assert request.calls == 2
     (note,) = notes
     assert "60 s at most" in note
     assert "connection refused" in note
