@@ -30,8 +30,9 @@ from tasks.start_devices import start_devices
 from tasks.states import complete
 from tasks.superseded import SUPERSEDED, find_later_run
 
-# Whatever stages there are: two partitions embedded, one stored, one chunked, the devices, and what is collected.
-TASKS_AT_ONCE = 6
+# In this process: two partitions embedded, one stored, one chunked, and the devices. With work pools each hand-over may wait
+# for the server; what is collected must not wait behind them.
+TASKS_AT_ONCE = 12
 
 
 def _name_run() -> str:

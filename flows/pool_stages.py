@@ -27,6 +27,7 @@ from tasks.upsert import count_retries
 
 logger = logging.getLogger(__name__)
 
+UNKNOWN = RunLook("ended", "the Prefect server does not know this run any more")
 UNSERVED_NOTE_S = 60.0  # a worker polls every few seconds; one that has not come by then is worth a word
 
 
@@ -83,6 +84,7 @@ class PoolStages:
         self._collecting: list[_Collecting] = []
         self._server = _ServerView()
         self._signs: dict[str, tuple[float, SignOfLife]] = {}
+        self._spool_away_since: float | None = None
         self._started = time.monotonic()
         self._next_look = 0.0
         retries = count_retries(run.settings.qdrant.outage_s)
@@ -144,7 +146,7 @@ class PoolStages:
         self._finish_collecting()
         self._finish_starting()
         if time.monotonic() >= self._next_look:
-            self._look()
+            self._look_or_wait()
             self._next_look = time.monotonic() + self._pools.poll_s
         while (group := self._dispatcher.next_group(is_full=self.is_full())) is not None:
             self._starting.append((group, self.follow(self._hand_over.submit(self._run, self._runs, group))))
@@ -178,6 +180,18 @@ class PoolStages:
 
     # ------------------------------------------------------------------------------------------ looking at workers
 
+    def _look_or_wait(self) -> None:
+        """A spool that is away for a moment, as a share or a bucket can be, costs a look; for longer, the run."""
+        try:
+            self._look()
+        except SpoolError as error:
+            self._spool_away_since = self._spool_away_since or time.monotonic()
+            if time.monotonic() - self._spool_away_since > self._pools.silent_s:
+                raise
+            logger.warning("spool away reason=%r", str(error))
+        else:
+            self._spool_away_since = None
+
     def _look(self) -> None:
         """First who has ended, then what is reported: a run that ends has written its reports before."""
         if not self._groups:
@@ -186,7 +200,7 @@ class PoolStages:
         self._take_reports()
         now = time.monotonic()
         for number, each in list(self._groups.items()):
-            look = looks.get(each.run_id)
+            look = looks.get(each.run_id, UNKNOWN) if looks is not None else None
             self._read_life(each, now)
             if look is not None and look.phase != each.phase:
                 each.phase, each.phase_since = look.phase, now
@@ -202,8 +216,8 @@ class PoolStages:
             elif each.phase == "waiting":
                 self._note_unserved(each, now)
 
-    def _look_at_server(self) -> Mapping[str, RunLook]:
-        """Nothing new while it is away, however long pools.server_outage_s allows. Raises ApiUnavailable after that."""
+    def _look_at_server(self) -> Mapping[str, RunLook] | None:
+        """None while it is away, as long as pools.server_outage_s allows. Raises ApiUnavailable after that."""
         try:
             looks = self._runs.look([each.run_id for each in self._groups.values()])
         except ApiUnavailable:
@@ -215,7 +229,7 @@ class PoolStages:
                 )
             if now - self._server.away_since > self._pools.server_outage_s:
                 raise
-            return {}
+            return None
         if self._server.away_since is not None:
             self._run.observer.note(
                 f"the Prefect server was away for {time.monotonic() - self._server.away_since:.0f} s"

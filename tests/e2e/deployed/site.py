@@ -94,11 +94,13 @@ class Site:
         assert ended.returncode == 0, f"{command}: {ended.stdout}{ended.stderr}"
         return ended
 
-    def start(self, name: str, *command: str, **environment: str) -> subprocess.Popen[bytes]:
+    def start(self, name: str, *command: str, without: str = "", **environment: str) -> subprocess.Popen[bytes]:
+        given = {**self.environment, **environment}
+        given.pop(without, None)
         with (self.folder / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
                 command,
-                env={**self.environment, **environment},
+                env=given,
                 cwd=self.folder,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -111,7 +113,7 @@ class Site:
         # Without the key: it comes out of the Secret block that the set-up has made.
         worker = name or pool
         command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--limit", "1", "--name", worker]
-        return self.start(worker, *command, QDRANT_API_KEY="", PREFECT_HOME=str(self.folder / worker))
+        return self.start(worker, *command, without="QDRANT_API_KEY", PREFECT_HOME=str(self.folder / worker))
 
     def start_receiver(self) -> None:
         with socket.socket() as probe:
