@@ -267,12 +267,11 @@ class PoolStages:
     def _find_dead(self, each: _GroupRun, now: float) -> str | None:
         """Why this run counts as dead, None where it does not."""
         pools = self._pools
-        if each.sign is not None:
-            silent_s = now - each.beat_since
+        silent_s = now - (each.beat_since if each.sign is not None else each.phase_since)
+        if each.sign is not None or each.phase == "running":  # its first sign is the first thing it does
             return f"no sign of life for {silent_s:.0f} s (pools.silent_s)" if silent_s > pools.silent_s else None
-        taken_s = now - each.phase_since
-        if each.phase != "waiting" and taken_s > pools.pending_s:
-            return f"taken by a worker and without a sign of life for {taken_s:.0f} s (pools.pending_s)"
+        if each.phase == "pending" and silent_s > pools.pending_s:
+            return f"taken by a worker and not running after {silent_s:.0f} s (pools.pending_s)"
         return None
 
     def _note_unserved(self, each: _GroupRun, now: float) -> None:

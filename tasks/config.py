@@ -218,7 +218,7 @@ class PoolSettings(Settings):
     )
     pending_s: Annotated[float, Field(gt=0)] = Field(
         900.0,
-        description="How long a worker may take from taking a run to its first sign of life (a container's image is pulled).",
+        description="How long a worker may take from taking a run to starting it (a container's image is pulled).",
     )
     worker_wait_s: Annotated[float, Field(gt=0)] = Field(
         6 * 3600.0, description="How long a group waits for a worker to take it before the run ends red."

@@ -79,6 +79,7 @@ class EmbedRun:
         self.reports: dict[int, PartitionReport] = {}
         self.notes: list[str] = []
         self.start_up_s = start_up_s
+        self._age_s = start_up_s
         self.sampler: Sampler | None = None
         self.devices: Devices | None = None
         self._embedded: dict[int, _Embedded] = {}
@@ -210,7 +211,7 @@ class EmbedRun:
     def describe(self) -> str:
         """For people: what was done, and how much of the time went into starting."""
         reports = list(self.reports.values())
-        seconds = time.monotonic() - self._started
+        seconds = self._age_s + time.monotonic() - self._started
         share = self.start_up_s / seconds if seconds else 0.0
         left = sum(each.left_rows.size for each in self._embedded.values())
         told = f"{len(reports)} partitions, {sum(each.nodes for each in reports)} nodes stored"

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from uuid import uuid4
 
 import pytest
@@ -67,13 +67,19 @@ class ProcessRuns:
         looks = {}
         for run_id in run_ids:
             code = self.processes[run_id].poll()
-            looks[run_id] = RunLook("running", "Running") if code is None else RunLook("ended", f"exit code {code}")
+            # A server calls it running once the flow has begun, which is after the imports.
+            phase: Literal["pending", "running"] = "running" if self.has_begun(run_id) else "pending"
+            looks[run_id] = RunLook(phase, "") if code is None else RunLook("ended", f"exit code {code}")
         return looks
 
     def end(self, run_id: str, reason: str, *, crashed: bool) -> None: ...
 
     def is_served(self, pool: str) -> bool:
         return True
+
+    def has_begun(self, run_id: str) -> bool:
+        group = self.groups[list(self.processes).index(run_id)]
+        return read_sign_of_life(SpoolFolder(group.spool), run_id) is not None
 
     def is_at_work(self, number: int) -> str | None:
         """The run of group `number`, once it has begun with a partition."""
