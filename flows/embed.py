@@ -53,7 +53,7 @@ def embed_partitions(settings: IngestSettings, group: EmbedGroup) -> str:
 def embed_group(run: EmbedRun, devices: PrefectFuture[str]) -> None:
     """One partition on the device while the one before it is stored."""
     devices.result()
-    stages = LocalStages(run)
+    stages = LocalStages(run, "group")
     for partition in run.partitions():
         while stages.is_full():
             stages.wait()

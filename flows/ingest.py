@@ -58,7 +58,7 @@ def ingest(settings: IngestSettings, changed: list[str] | None = None) -> RunSum
     stop, note = threading.Event(), current_observer.get().note
     name = settings.qdrant.collection
     with (
-        start_metrics(os.environ, collection=name),
+        start_metrics(os.environ, collection=name, embeds=not settings.pools.enabled),
         hold_collection(name, patience_s=settings.collection_wait_s, stop=stop, note=note),
     ):
         later = find_later_run(changed, patience_s=settings.pools.server_outage_s, stop=stop)

@@ -10,13 +10,14 @@ import logging
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from prefect.futures import PrefectFuture
 
 from flows.stages import Followed, Result, follow
 from tasks.engine.ingest_run import IngestRun
 from tasks.engine.shared_partitions import PoolDevices, put_on_one_clock
+from tasks.engine.signs_of_life import BEAT_S
 from tasks.errors import ApiUnavailable, DeviceError, SpoolError
 from tasks.hand_over import collect_partition, hand_over_group
 from tasks.policy.groups import Dispatcher, Group, GroupLimits
@@ -28,6 +29,8 @@ from tasks.upsert import count_retries
 logger = logging.getLogger(__name__)
 
 UNKNOWN = RunLook("ended", "the Prefect server does not know this run any more")
+MAX_START_FAILURES = 5
+MISSED_BEATS = 4
 UNSERVED_NOTE_S = 60.0  # a worker polls every few seconds; one that has not come by then is worth a word
 
 
@@ -84,7 +87,12 @@ class PoolStages:
         self._collecting: list[_Collecting] = []
         self._server = _ServerView()
         self._signs: dict[str, tuple[float, SignOfLife]] = {}
+        self._lost: list[tuple[Partition, Pool, str]] = []
+        self._held_since: dict[Pool, tuple[int, float]] = {}
         self._spool_away_since: float | None = None
+        self._shares: dict[int, float] = {}
+        self._spooled_fraction = 0.0
+        self._stored_fraction = 0.0
         self._started = time.monotonic()
         self._next_look = 0.0
         retries = count_retries(run.settings.qdrant.outage_s)
@@ -95,17 +103,24 @@ class PoolStages:
         return follow(future, self._wake)
 
     def embed(self, partition: Partition) -> None:
+        # Partitions come in the source's order and are stored in any.
+        self._shares[partition.index] = partition.source_fraction - self._spooled_fraction
+        self._spooled_fraction = partition.source_fraction
         self._dispatcher.add(partition)
 
     def is_full(self) -> bool:
         # With nothing under way nothing would ever make room: then one partition is taken, however large.
-        return self.is_busy() and self._run.is_spool_full()
+        try:
+            return self.is_busy() and self._run.is_spool_full()
+        except SpoolError as error:
+            self._note_spool(error)
+            return True
 
     def complete(self) -> None:
         self._dispatcher.complete()
 
     def is_busy(self) -> bool:
-        return bool(self._starting or self._collecting or self._dispatcher.is_busy)
+        return bool(self._starting or self._collecting or self._lost or self._dispatcher.is_busy)
 
     def wait(self) -> None:
         self._wake.wait(self._pools.poll_s)
@@ -148,7 +163,9 @@ class PoolStages:
         if time.monotonic() >= self._next_look:
             self._look_or_wait()
             self._next_look = time.monotonic() + self._pools.poll_s
-        while (group := self._dispatcher.next_group(is_full=self.is_full())) is not None:
+        self._fail_lost()
+        held = self._find_held()
+        while (group := self._dispatcher.next_group(is_full=self.is_full(), held=held)) is not None:
             self._starting.append((group, self.follow(self._hand_over.submit(self._run, self._runs, group))))
 
     # ------------------------------------------------------------------------------------------ tasks of this run
@@ -166,7 +183,8 @@ class PoolStages:
             if not self._run.shared.is_taken(each.partition, each.report.pool):
                 each.task.future.result()  # nodes that failed are in its report; an error that kept it out ends the run here
             if not each.report.left_rows:
-                self._progress.update(each.partition)
+                self._stored_fraction += self._shares.pop(each.partition.index, 0.0)
+                self._progress.update(replace(each.partition, source_fraction=min(1.0, self._stored_fraction)))
 
     def _take(self, group: Group, partition: Partition, report: PoolReport) -> None:
         self._dispatcher.report(group.number, partition.index)
@@ -185,12 +203,42 @@ class PoolStages:
         try:
             self._look()
         except SpoolError as error:
-            self._spool_away_since = self._spool_away_since or time.monotonic()
-            if time.monotonic() - self._spool_away_since > self._pools.silent_s:
-                raise
-            logger.warning("spool away reason=%r", str(error))
+            self._note_spool(error)
         else:
             self._spool_away_since = None
+
+    def _note_spool(self, error: SpoolError) -> None:
+        """Raises it where the spool has been away for too long."""
+        self._spool_away_since = self._spool_away_since or time.monotonic()
+        if time.monotonic() - self._spool_away_since > self._pools.silent_s:
+            raise error
+        logger.warning("spool away reason=%r", str(error))
+
+    def _find_held(self) -> list[Pool]:
+        """Pools that get no new group for a moment: their last runs ended before their first partition.
+
+        A worker that can't start takes group after group faster than one at work. Raises DeviceError where none of the pool's
+        workers can.
+        """
+        held: list[Pool] = []
+        pools: tuple[Pool, ...] = ("gpu", "cpu")
+        for pool in pools:
+            failures, reason = self._dispatcher.start_failures(pool)
+            if not failures:
+                self._held_since.pop(pool, None)
+                continue
+            count, since = self._held_since.get(pool, (0, 0.0))
+            if count != failures:
+                since = time.monotonic()
+                self._held_since[pool] = failures, since
+            if failures >= MAX_START_FAILURES and not self._dispatcher.is_at_work(pool):
+                raise DeviceError(
+                    f"{failures} runs in a row on {pool}-pool ended before their first partition, the last with: {reason}. "
+                    "Mend its workers and run again: what is stored is not embedded twice."
+                )
+            if time.monotonic() - since < self._pools.poll_s * 2**failures:
+                held.append(pool)
+        return held
 
     def _look(self) -> None:
         """First who has ended, then what is reported: a run that ends has written its reports before."""
@@ -206,7 +254,7 @@ class PoolStages:
                 each.phase, each.phase_since = look.phase, now
             if not self._dispatcher.open_partitions(number):
                 self._end_group(number, each, died_over=None, reason="")
-            elif look is not None and look.phase == "ended":
+            elif look is not None and look.phase == "ended" and not (look.is_crashed and self._is_beating(each, now)):
                 self._run.shared.revoke(each.run_id)  # the server may say so of one that it only lost sight of
                 self._end_group(number, each, died_over=self._current(each), reason=look.state)
             elif (reason := self._find_dead(each, now)) is not None:
@@ -261,6 +309,10 @@ class PoolStages:
             each.beat, each.beat_since = sign.beat, now
         each.sign = sign
 
+    def _is_beating(self, each: _GroupRun, now: float) -> bool:
+        """Alive, whatever the server says: its automation takes a run for dead that it has not heard of for minutes."""
+        return each.sign is not None and now - each.beat_since < MISSED_BEATS * BEAT_S
+
     def _current(self, each: _GroupRun) -> int | None:
         return each.sign.partition if each.sign is not None else None
 
@@ -301,13 +353,23 @@ class PoolStages:
         pool: Pool = each.group.pool
         unreported = len(self._dispatcher.open_partitions(number))
         for partition in self._dispatcher.end(number, died_over=died_over, reason=reason):
-            self._run.shared.fail(partition, pool, f"{pool}-pool could not embed it: {reason}")
+            self._lost.append((partition, pool, f"{pool}-pool could not embed it: {reason}"))
         logger.info(
             "group number=%d pool=%s partitions=%d unreported=%d run=%s reason=%r",
             number, pool, len(each.group.partitions), unreported, each.run_id, reason,
         )  # fmt: skip
         if unreported:
             self._run.tell(f"group {number} on {pool}-pool ended ({reason}): {unreported} of its partitions run again")
+
+    def _fail_lost(self) -> None:
+        """Once each; a spool that is away keeps the rest for the next time."""
+        while self._lost:
+            try:
+                self._run.shared.fail(*self._lost[0])
+            except SpoolError as error:
+                self._note_spool(error)
+                return
+            self._lost.pop(0)
 
     def _end_run(self, each: _GroupRun, reason: str, *, crashed: bool) -> None:
         try:

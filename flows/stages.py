@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from typing import Generic, Protocol, TypeVar, cast
+from typing import Generic, Literal, Protocol, TypeVar, cast
 
 from prefect.futures import PrefectConcurrentFuture, PrefectFuture
 
@@ -94,9 +94,9 @@ class LocalStages:
     Qdrant away holds up only the last stage, until the spool is full.
     """
 
-    def __init__(self, run: LocalRun) -> None:
+    def __init__(self, run: LocalRun, what: Literal["source", "group"] = "source") -> None:
         self._run = run
-        self._progress = ProgressArtifact(run.settings.qdrant.collection)
+        self._progress = ProgressArtifact(run.settings.qdrant.collection, what)
         self._wake = threading.Event()
         self._embedding: deque[tuple[Partition, Followed[PartitionReport]]] = deque()
         self._embedded: deque[Partition] = deque()

@@ -31,10 +31,21 @@ BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 class MetricsObserver(SilentObserver):
     """Counts what it is told into a registry of its own."""
 
-    def __init__(self, *, collection: str = "", pool: str = "", clock: Callable[[], float] = time.monotonic) -> None:
-        """`pool`: the work pool whose worker this is; empty where a run embeds in its own process."""
+    def __init__(
+        self,
+        *,
+        collection: str = "",
+        pool: str = "",
+        embeds: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`pool`: the work pool whose worker this is; empty where a run embeds in its own process.
+
+        `embeds`: False where workers elsewhere do it, who count what they embed: the sum over all processes is right.
+        """
         self.registry = registry = CollectorRegistry()
         self._pool = pool
+        self._embeds = embeds
         self._clock = clock
         self._lock = threading.Lock()
         self._recent: deque[tuple[float, int]] = deque()
@@ -124,6 +135,8 @@ class MetricsObserver(SilentObserver):
             self._ooms.inc()
 
     def partition_done(self, report: PartitionReport) -> None:
+        if not self._embeds:
+            return
         device = name_device(report.device)
         self._partitions.labels(device, self._pool).inc()
         if self._pool != "cpu":  # there they are the GPU worker's, which has counted them
@@ -151,7 +164,9 @@ def name_device(device: str) -> str:
 
 
 @contextmanager
-def start_metrics(environment: Mapping[str, str], *, collection: str = "", pool: str = "") -> Iterator[str | None]:
+def start_metrics(
+    environment: Mapping[str, str], *, collection: str = "", pool: str = "", embeds: bool = True
+) -> Iterator[str | None]:
     """Serve the metrics of what runs inside, at the URL that this yields; None where BALLAST_METRICS_PORT is unset or empty.
 
     On BALLAST_METRICS_ADDRESS, 127.0.0.1 unless set. A port that another worker has gives the next of ten; no free one is
@@ -166,7 +181,7 @@ def start_metrics(environment: Mapping[str, str], *, collection: str = "", pool:
             f"BALLAST_METRICS_PORT is {asked!r}. It can be a port, 1 to 65535; 0 takes any; unset: no metrics."
         )
     address = environment.get("BALLAST_METRICS_ADDRESS", "").strip() or "127.0.0.1"
-    metrics = MetricsObserver(collection=collection, pool=pool)
+    metrics = MetricsObserver(collection=collection, pool=pool, embeds=embeds)
     with observing(BothObservers(current_observer.get(), metrics)):
         first = int(asked)
         for port in range(first, min(first + (PORTS if first else 1), 65_536)):

@@ -43,6 +43,7 @@ class RunLook:
 
     phase: Literal["waiting", "pending", "running", "ended"]
     state: str  # its name and message, for people
+    is_crashed: bool = False  # as somebody else says: the run itself can't have
 
 
 class PoolRuns:
@@ -173,4 +174,4 @@ def _to_look(run: FlowRun) -> RunLook:
             return RunLook("pending", told)
         case StateType.RUNNING | StateType.CANCELLING:
             return RunLook("running", told)
-    return RunLook("ended", told)
+    return RunLook("ended", told, is_crashed=run.state_type == StateType.CRASHED)

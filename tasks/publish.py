@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextvars import copy_context
 from functools import partial
 from threading import Lock, Thread
-from typing import Any
+from typing import Any, Literal
 from uuid import UUID
 
 from prefect.artifacts import (
@@ -49,14 +49,16 @@ MARKDOWN_CHARS = 400_000
 
 
 class ProgressArtifact:
-    """How much of the source is in Qdrant, as a bar on the run's page.
+    """How much of `what` is in Qdrant, as a bar on the run's page.
 
     Told by a thread of its own, the newest only: a server that is slow or away holds nothing up, and what it missed is made
     up for by the next update, or by finish().
     """
 
-    def __init__(self, collection: str) -> None:
-        self._key = f"progress-{to_key(collection)}"
+    def __init__(self, collection: str, what: Literal["source", "group"] = "source") -> None:
+        """`what`: all of an ingest run's, or a group that a worker's run has been given."""
+        self._key = f"{'group-' if what == 'group' else ''}progress-{to_key(collection)}"
+        self._told = f"Share of the {what} that is in Qdrant"
         self._id: UUID | None = None
         self._lock = Lock()
         self._latest: tuple[float, str] | None = None
@@ -65,7 +67,7 @@ class ProgressArtifact:
         self._nodes = 0
         # Which run the artifact belongs to is in the context, and a bare thread has none.
         self._context = copy_context()
-        self._tell(0.0, "Share of the source that is in Qdrant")
+        self._tell(0.0, self._told)
 
     def update(self, partition: Partition) -> None:
         """The partition's points are stored."""
@@ -84,7 +86,7 @@ class ProgressArtifact:
             _ask(partial(self._send, *missed), patience_s)
 
     def _describe(self) -> str:
-        return f"Share of the source that is in Qdrant: {self._nodes:,} nodes in {self._partitions:,} partitions so far"
+        return f"{self._told}: {self._nodes:,} nodes in {self._partitions:,} partitions so far"
 
     def _tell(self, progress: float, description: str) -> None:
         with self._lock:
@@ -157,8 +159,8 @@ def publish_group(summary: RunSummary, *, patience_s: float = PATIENCE_S) -> Non
     memory = f"{_draw(summary)}\n\n{to_markdown(tabulate_memory(summary.memory_series, summary.budget_series))}"
     _publish_all(
         [
-            _table(f"partitions-{key}", "Partitions of this worker's run, and their sum", partitions),
-            _markdown(f"memory-{key}", "Memory over time against the budget", memory),
+            _table(f"group-partitions-{key}", "Partitions of this worker's run, and their sum", partitions),
+            _markdown(f"group-memory-{key}", "Memory over time against the budget", memory),
         ],
         instead=[partitions],
         patience_s=patience_s,

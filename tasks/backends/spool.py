@@ -23,6 +23,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tasks.backends.filesystem import io_errors
 from tasks.errors import SpoolError, StoreLocked
 from tasks.records import Node, Partition, TokenIds, Vectors
 
@@ -49,7 +50,7 @@ class SpoolFolder:
         try:
             self._files, self._folder = fsspec.core.url_to_fs(url)
             self._files.makedirs(self._folder, exist_ok=True)
-        except (OSError, ValueError, ImportError) as error:
+        except _opening_errors() as error:
             raise SpoolError(
                 f"The spool {url} can't be used ({type(error).__name__}: {error}). Set `spool` to a folder that can be "
                 "written, or to a URL whose fsspec driver is installed."
@@ -146,7 +147,7 @@ class SpoolFolder:
         self._files.invalidate_cache(self._folder)
         try:
             return bool(self._files.exists(partition.path))
-        except OSError as error:
+        except io_errors() as error:
             raise _unreadable(partition.path, error) from error
 
     def write_note(self, name: str, content: bytes) -> None:
@@ -161,7 +162,7 @@ class SpoolFolder:
         """Names of the notes that end like this."""
         try:
             return [name for path in self._list_own() if (name := path.rsplit("/", 1)[-1]).endswith(ending)]
-        except OSError as error:
+        except io_errors() as error:
             raise _unreadable(self.url, error) from error
 
     def remove_partition(self, partition: Partition) -> None:
@@ -172,7 +173,7 @@ class SpoolFolder:
                 # Not `exists` first: a remote listing may be cached from before the file was written.
                 with contextlib.suppress(FileNotFoundError):
                     self._files.rm_file(path)
-        except OSError as error:
+        except io_errors() as error:
             raise SpoolError(
                 f"{partition.path} can't be removed ({error}). Its points are stored: remove it by hand."
             ) from error
@@ -182,7 +183,7 @@ class SpoolFolder:
         self._files.invalidate_cache(self._folder)
         try:
             found = self._files.ls(self._folder, detail=True)
-        except OSError as error:
+        except io_errors() as error:
             raise _unreadable(self.url, error) from error
         return sum(int(each["size"] or 0) for each in found if _is_own(each["name"]))
 
@@ -228,7 +229,7 @@ class SpoolFolder:
                 partition = replace(partition, tokens=int(self.read_lengths(partition).sum()))
                 if self.read_vectors(partition) is not None:
                     found.append(partition)
-            except (pa.ArrowException, OSError, SpoolError) as error:
+            except (pa.ArrowException, *io_errors(), SpoolError) as error:
                 logger.warning("spool file left out path=%s reason=%r: its nodes are embedded again", path, str(error))
         return found
 
@@ -246,7 +247,7 @@ class SpoolFolder:
                     self._files.rm_file(path)
         except FileNotFoundError:
             return 0
-        except OSError as error:
+        except io_errors() as error:
             raise SpoolError(
                 f"The spool {self.url} can't be cleared ({error}). Remove its partition-* files by hand."
             ) from error
@@ -280,7 +281,7 @@ class SpoolFolder:
             raise SpoolError(
                 f"Spool file {path} is gone. Was the spool cleared, or is it not shared? Run the ingest again."
             ) from error
-        except OSError as error:
+        except io_errors() as error:
             raise _unreadable(path, error) from error
         return content
 
@@ -290,8 +291,8 @@ class SpoolFolder:
         try:
             self._files.pipe_file(unfinished, bytes(content))
             self._files.mv(unfinished, path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
+        except io_errors() as error:
+            with contextlib.suppress(*io_errors()):
                 self._files.rm_file(unfinished)
             raise SpoolError(
                 f"Spool file {path} of {len(content)} bytes can't be written ({error}). "
@@ -312,7 +313,7 @@ def clear_spools(url: str, what: str) -> int:
         found = [each["name"] for each in files.ls(folder, detail=True) if each["type"] == "directory"]
     except FileNotFoundError:
         return 0
-    except (OSError, ValueError, ImportError) as error:
+    except _opening_errors() as error:
         raise SpoolError(
             f"The spools in {url} can't be listed ({type(error).__name__}: {error}). Set `spool` to what it was when "
             "they were written, or remove that folder by hand."
@@ -383,6 +384,10 @@ def _vectors_path(partition: Partition) -> str:
 
 def _is_own(path: str) -> bool:
     return _OWN_FILES.fullmatch(path.rsplit("/", 1)[-1]) is not None
+
+
+def _opening_errors() -> tuple[type[BaseException], ...]:
+    return (*io_errors(), ValueError, ImportError)
 
 
 def _unreadable(path: str, reason: object) -> SpoolError:

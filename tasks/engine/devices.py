@@ -207,11 +207,12 @@ def start_pool_devices(
         on_cpu = embedding.model_copy(update={"device": "cpu"})
         budget = settings.budget.model_copy(update={"max_bytes": None, "fraction": 1.0, "max_micro_batch_tokens": None})
         return start_devices(settings.model_copy(update={"embedding": on_cpu, "budget": budget}), files, observer, stop)
-    device, reason = choose_device(embedding.device)
-    if device == "cpu" and embedding.device == "auto":
+    asked = os.environ.get("BALLAST_DEVICE", "").strip() or embedding.device  # the machine knows best what it has
+    device, reason = choose_device(asked)
+    if device == "cpu" and asked == "auto":
         raise DeviceError(
             f"This worker serves gpu-pool, and there is {reason}. Mend its driver or its CUDA_VISIBLE_DEVICES, or let it "
-            "serve cpu-pool; embedding.device=cpu would let a CPU pass for the device."
+            "serve cpu-pool. BALLAST_DEVICE=cpu lets this machine's CPU pass for the device."
         )
     observer.stage("device", f"loading {files.name} on {device}")
     spill = LeftForCpuPool(files.dimension) if embedding.spill_to_cpu else None

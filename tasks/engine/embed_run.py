@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -326,7 +326,7 @@ class EmbedRun:
 def open_group(
     settings: IngestSettings,
     group: EmbedGroup,
-    environment: Mapping[str, str] | None = None,
+    read_environment: Callable[[], Mapping[str, str]] = lambda: os.environ,
     *,
     run_id: str,
     age_s: float = 0.0,
@@ -343,7 +343,7 @@ def open_group(
         files = resolve_model(settings.embedding.model, settings.embedding.revision)
         tokenizer_file = find_tokenizer(files, settings.data_folder)
         _refuse_other_model(files, compute_fingerprint(describe_recipe(settings, files, tokenizer_file)), group)
-        store = _open_shared_store(settings, environment or os.environ)
+        store = _open_shared_store(settings, read_environment())
     except BaseException:
         signs.stop()
         raise

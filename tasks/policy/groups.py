@@ -48,7 +48,7 @@ class _Waiting:
     partition: Partition
     tokens: int  # of what is left of it
     attempts: int = 0
-    reason: str = ""  # of the run that died over it last
+    is_late: bool = False  # had been handed out before
 
 
 @dataclass(slots=True)
@@ -56,6 +56,8 @@ class _PoolState:
     waiting: list[_Waiting] = field(default_factory=list)
     tokens_per_s: float = 0.0
     start_up_s: float = 0.0
+    start_failures: int = 0  # runs in a row that ended before their first partition
+    failure: str = ""  # why the last of them did
 
 
 def choose_group_tokens(start_up_s: float, tokens_per_s: float, startup_fraction: float) -> int:
@@ -79,7 +81,6 @@ class Dispatcher:
         self._running: dict[int, tuple[Group, dict[int, _Waiting]]] = {}
         self._numbers = 0
         self._is_complete = False
-        self.lost: dict[int, str] = {}  # partition -> why no pool can embed it
 
     # ------------------------------------------------------------------------------------------ in
 
@@ -114,10 +115,14 @@ class Dispatcher:
             state.start_up_s, state.tokens_per_s, self.limits.startup_fraction
         )
 
-    def next_group(self, *, is_full: bool = False) -> Group | None:
-        """A group to start now, or None. `is_full`: the spool takes no more, so that nothing could join what waits."""
-        for pool in ("gpu", "cpu"):
-            group = self._form(pool, is_full=is_full)
+    def next_group(self, *, is_full: bool = False, held: Collection[Pool] = ()) -> Group | None:
+        """A group to start now, or None. `is_full`: the spool takes no more, so that nothing could join what waits.
+
+        `held`: pools that get none now, because their last runs ended before their first partition.
+        """
+        pools: tuple[Pool, ...] = ("gpu", "cpu")
+        for pool in pools:
+            group = self._form(pool, is_full=is_full) if pool not in held else None
             if group is not None:
                 return group
         return None
@@ -129,8 +134,9 @@ class Dispatcher:
             return None
         enough = self.group_tokens(pool)
         together = sum(each.tokens for each in state.waiting)
-        # What a dead worker left is late already; and a spool that is full, with nobody at work, would stay so.
-        is_due = any(each.attempts for each in state.waiting) or (is_full and not self._running)
+        # What a dead worker left is late already; a spool that is full, with none of the pool at work, would stay so; and the
+        # CPU pool has nothing better to do than to begin while the GPUs go on.
+        is_due = any(each.is_late for each in state.waiting) or (not running and (is_full or pool == "cpu"))
         if together < enough and not is_due and not self._can_grow_no_more(pool):
             return None
         taken: list[_Waiting] = []
@@ -158,30 +164,43 @@ class Dispatcher:
         """Partition `index` of this group is dealt with; False where it had been taken from the group before."""
         if number not in self._running:
             return False
-        return self._running[number][1].pop(index, None) is not None
+        group, open_partitions = self._running[number]
+        self._pools[group.pool].start_failures = 0
+        return open_partitions.pop(index, None) is not None
 
     def end(self, number: int, *, died_over: int | None, reason: str) -> tuple[Partition, ...]:
         """The group's run has ended. What it has not reported waits again; returns the partitions that are lost.
 
-        died_over: the partition it was working on; None where it came to none: then each has had its attempt.
+        died_over: the partition it was working on: that one has had an attempt. None where it came to none: then it says
+        nothing of them, but of the worker; see start_failures().
         """
         group, open_partitions = self._running.pop(number, (None, {}))
         if group is None:
             return ()
         lost: list[Partition] = []
         pool: Pool = group.pool
+        if died_over is None and open_partitions:
+            self._pools[pool].start_failures += 1
+            self._pools[pool].failure = reason
         for index, each in open_partitions.items():
-            if died_over is None or died_over not in open_partitions or index == died_over:
+            each.is_late = True
+            if died_over is not None and (died_over not in open_partitions or index == died_over):
                 each.attempts += 1
-                each.reason = reason
             if each.attempts < self.limits.max_attempts:
                 self._pools[pool].waiting.append(each)
             elif pool == "gpu" and self.limits.spill:
-                self._pools["cpu"].waiting.append(_Waiting(each.partition, each.tokens, reason=reason))
+                self._pools["cpu"].waiting.append(_Waiting(each.partition, each.tokens, is_late=True))
             else:
-                self.lost[index] = reason
                 lost.append(each.partition)
         return tuple(lost)
+
+    def start_failures(self, pool: Pool) -> tuple[int, str]:
+        """How many runs of this pool in a row ended before their first partition, and why the last one did."""
+        return self._pools[pool].start_failures, self._pools[pool].failure
+
+    def is_at_work(self, pool: Pool) -> bool:
+        """Whether a group of this pool is under way."""
+        return any(group.pool == pool for group, _ in self._running.values())
 
     # ------------------------------------------------------------------------------------------ state
 
@@ -195,7 +214,3 @@ class Dispatcher:
     def open_partitions(self, number: int) -> Collection[int]:
         """Partitions of a running group that it has not reported."""
         return self._running[number][1].keys()
-
-    @property
-    def waiting_partitions(self) -> int:
-        return sum(len(state.waiting) for state in self._pools.values())

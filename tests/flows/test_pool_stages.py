@@ -19,6 +19,7 @@ from tasks.backends.fake_qdrant_server import LoopbackQdrant
 from tasks.backends.spool import SpoolFolder
 from tasks.backends.spool_reports import read_sign_of_life
 from tasks.config import EmbedGroup, IngestSettings
+from tasks.errors import DeviceError
 from tasks.pool_runs import RunLook
 from tasks.records import RunSummary
 
@@ -142,6 +143,8 @@ def run_flow(
     try:
         with observing(observer):
             state = ingest(settings, return_state=True)
+        if observer.finished is None:
+            state.result()
     finally:
         for process in started.processes.values():
             process.kill()
@@ -220,16 +223,14 @@ class NeverStart(Meddle):
         return False
 
 
-def test_nodes_fail_by_name_where_no_worker_survives_them(
+def test_a_pool_whose_workers_cant_start_ends_the_run_and_loses_nothing(
     shared: Callable[..., IngestSettings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = shared(max_attempts=2)
-    state, summary, runs = run_flow(settings, tmp_path, monkeypatch, NeverStart())
-    assert state.name == "DocumentsFailed"
-    assert summary is not None
-    assert [group.pool for group in runs.groups] == ["gpu", "gpu", "cpu", "cpu"]
-    assert summary.books.documents_failed == 6
-    assert {each.reason for each in summary.rejections} == {"cpu-pool could not embed it: exit code 9"}
+    settings = shared()
+    with pytest.raises(
+        DeviceError, match=r"5 runs in a row on gpu-pool ended before their first partition.*exit code 9"
+    ):
+        run_flow(settings, tmp_path, monkeypatch, NeverStart())
     monkeypatch.undo()
 
     # Mended, the next run does what this one could not.
@@ -237,6 +238,26 @@ def test_nodes_fail_by_name_where_no_worker_survives_them(
     assert state.is_completed(), state.message
     assert summary is not None
     assert summary.books.documents_written == 6
+
+
+class KillEach(Meddle):
+    """Kills every worker once it has begun with a partition: one that kills whoever touches it."""
+
+    def look(self, runs: ProcessRuns) -> None:
+        for number, process in enumerate(list(runs.processes.values())):
+            if process.poll() is None and runs.is_at_work(number) is not None:
+                process.kill()
+
+
+def test_nodes_fail_by_name_where_no_worker_survives_them(
+    shared: Callable[..., IngestSettings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, summary, runs = run_flow(shared(2, max_attempts=1), tmp_path, monkeypatch, KillEach())
+    assert state.name == "DocumentsFailed"
+    assert summary is not None
+    assert [group.pool for group in runs.groups] == ["gpu", "cpu"]
+    assert summary.books.documents_failed == 2
+    assert {each.reason for each in summary.rejections} == {"cpu-pool could not embed it: exit code -9"}
 
 
 def test_a_spool_without_room_for_two_partitions_takes_one_at_a_time(

@@ -112,7 +112,21 @@ class Site:
     def start_worker(self, pool: str, name: str | None = None) -> subprocess.Popen[bytes]:
         # Without the key: it comes out of the Secret block that the set-up has made.
         worker = name or pool
-        command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--limit", "1", "--name", worker]
+        # Two coordinators at a time, or the worker itself would keep runs apart; one embeds at a time, as on a GPU.
+        limit = "2" if pool == "ingest-pool" else "1"
+        command = [
+            sys.executable,
+            "-m",
+            "prefect",
+            "worker",
+            "start",
+            "--pool",
+            pool,
+            "--limit",
+            limit,
+            "--name",
+            worker,
+        ]
         return self.start(worker, *command, without="QDRANT_API_KEY", PREFECT_HOME=str(self.folder / worker))
 
     def start_receiver(self) -> None:
