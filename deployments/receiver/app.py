@@ -28,7 +28,7 @@ from deployments.receiver.description import (
 )
 from deployments.receiver.group_commit import GroupCommit
 from deployments.receiver.journal import Delivery, Journal, Receipt
-from deployments.receiver.read_delivery import check_before_body, read_body, to_delivery
+from deployments.receiver.read_delivery import HeldBytes, check_before_body, read_body, to_delivery
 from deployments.receiver.refused import Refused
 from deployments.receiver.runs import FlowRuns, RunsUnavailable
 from deployments.receiver.signatures import verify_bearer, verify_standard
@@ -92,6 +92,7 @@ class Receiver:
         self.settings = settings
         self.keys = keys
         self.parts: Parts | None = None
+        self._held = HeldBytes(settings.max_held_bytes)
         self._ready: tuple[float, str | None] = (float("-inf"), None)
         self._asking = asyncio.Lock()
 
@@ -104,17 +105,8 @@ class Receiver:
     async def receive(self, name: str, hook: Hook, request: Request) -> JSONResponse:
         """202 when it is written down, or 200 for a test of the sender's. Raises Refused."""
         began = time.perf_counter()
-        headers = dict(request.headers)
         try:
-            check_before_body(hook, self.keys[name], headers)
-            body = await read_body(
-                headers,
-                request.stream(),
-                max_bytes=self.settings.max_body_bytes,
-                timeout_s=self.settings.body_timeout_s,
-            )
-            delivery = to_delivery(name, hook, self.keys[name], headers, body, self.settings, time.time())
-            receipt = await self._take(delivery)
+            receipt = await self._read_and_take(name, hook, request)
         except Refused as refused:
             logger.warning("webhook_delivery refused hook=%s status=%d reason=%r", name, refused.status, refused.reason)
             raise
@@ -136,6 +128,22 @@ class Receiver:
         return JSONResponse(
             answer.model_dump(), status, headers={"Location": answer.address} if status == 202 else None
         )
+
+    async def _read_and_take(self, name: str, hook: Hook, request: Request) -> Receipt:
+        settings, keys, headers = self.settings, self.keys[name], dict(request.headers)
+        check_before_body(hook, keys, headers, now=time.time(), tolerance_s=settings.tolerance_s)
+        # Until the delivery is written down: its names take several times the body's bytes.
+        with self._held.open() as hold:
+            body = await read_body(
+                headers,
+                request.stream(),
+                hold,
+                max_bytes=settings.max_body_bytes,
+                timeout_s=settings.body_timeout_s,
+            )
+            delivery = to_delivery(name, hook, keys, headers, body, settings, time.time())
+            del body
+            return await self._take(delivery)
 
     async def _take(self, delivery: Delivery) -> Receipt:
         if delivery.status == "pong":
@@ -258,8 +266,8 @@ def describe_scheme_of_questions() -> tuple[str, dict[str, Any]]:
 
 async def _refuse(_request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, Refused)
-    # What is left of a body that is too large is not read: the connection can't be used again.
-    headers = {"Connection": "close"} if error.status in (408, 413) else {}
+    # What is left of a body that is too large, or one too many, is not read: the connection can't be used again.
+    headers = {"Connection": "close"} if error.status in (408, 413, 503) else {}
     if error.status == 503:
         headers["Retry-After"] = "5"
     if error.status == 401:

@@ -106,6 +106,10 @@ class ReceiverSettings(Settings):
     max_body_bytes: ByteSize = Field(
         ByteSize(4 * 1024**2), description="A larger delivery is refused. GitHub sends up to 25 MB."
     )
+    max_held_bytes: ByteSize = Field(
+        ByteSize(64 * 1024**2),
+        description="Bodies of all deliveries that are not answered yet; what comes above it gets 503, and comes again.",
+    )
     body_timeout_s: float = Field(30.0, gt=0, description="A body that takes longer to arrive is refused.")
     tolerance_s: float = Field(
         300.0, gt=0, description="How old, or how far in the future, a signed timestamp may be (replay window)."
@@ -130,6 +134,11 @@ class ReceiverSettings(Settings):
     def _windows_fit(self) -> ReceiverSettings:
         if self.max_window_s < self.quiet_s:
             raise ValueError(f"max_window_s is {self.max_window_s:g}, below quiet_s, {self.quiet_s:g}; raise it")
+        if self.max_held_bytes < self.max_body_bytes:
+            raise ValueError(
+                f"max_held_bytes is {self.max_held_bytes}, below max_body_bytes, {self.max_body_bytes}; raise it, or no such "
+                "delivery can be taken"
+            )
         if self.start_in_any_case_s < 2 * self.max_window_s:
             raise ValueError(
                 f"start_in_any_case_s is {self.start_in_any_case_s:g}; it must be twice max_window_s, "

@@ -23,7 +23,8 @@ from tasks.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-# More at a time get 503 and come again: memory is bounded by this and max_body_bytes.
+# More at a time get 503 and come again. A connection buffers 64 KiB, and one read of the socket, before it is told to pause;
+# what bodies take beyond that is bounded by max_held_bytes, for all of them together.
 MAX_CONNECTIONS = 512
 GRACE_S = 3
 

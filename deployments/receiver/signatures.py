@@ -42,6 +42,12 @@ def verify_standard(
             "webhook-signature does not fit. It is v1, and the base64 of HMAC-SHA256 over id.timestamp.body with the "
             "hook's secret; the body is signed as it is sent, byte for byte.",
         )
+    check_age(timestamp, now=now, tolerance_s=tolerance_s)
+    return delivery
+
+
+def check_age(timestamp: int, *, now: float, tolerance_s: float) -> None:
+    """Raises Refused 401 outside the replay window."""
     age_s = now - timestamp
     if abs(age_s) > tolerance_s:
         raise Refused(
@@ -49,7 +55,6 @@ def verify_standard(
             f"webhook-timestamp is {abs(age_s):.0f} s {'old' if age_s > 0 else 'in the future'}; the limit is "
             f"{tolerance_s:g} s. Sign again when you send again, and check both clocks.",
         )
-    return delivery
 
 
 def read_standard(headers: Mapping[str, str]) -> tuple[str, int, list[str]]:

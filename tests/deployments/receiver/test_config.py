@@ -55,6 +55,7 @@ def test_a_prefix_ends_at_a_folder(write: Callable[[str], Path]) -> None:
         (HOOK.replace("secret", "secrets"), r"hooks\.docs\.secret: missing\. The secret's name, never its value"),
         (HOOK.replace("secret", "secrets"), r"hooks\.docs\.secrets: no such name; did you mean secret\?"),
         (HOOK + 'branch = "main"', r"hooks\.docs\.branch: no such name; known: deployment, auth"),
+        ("max_held_bytes = 1000\n" + HOOK, r"max_held_bytes is 1000, below max_body_bytes, 4194304"),
         ("quite_s = 1\n" + HOOK, r"quite_s: no such name; did you mean quiet_s\?"),
         (HOOK.replace("generic", "gitlab"), r"hooks\.docs\.kind: 'gitlab' is unknown\. One of generic, github"),
         (HOOK.replace('kind = "generic"\n', ""), r"hooks\.docs\.kind: missing"),

@@ -228,6 +228,8 @@ def test_runs_that_someone_started_or_took_away_are_followed_by_ones_for_what_th
 
 def test_too_many_paths_become_the_whole_source(prefect_server: Any, busy: Any) -> None:
     answers = [send(busy, "many", {"changed": [f"{name}.md"]}).json() for name in "abcd"]
+    answers.append(send(busy, "many", {"changed": [f"{name}.md" for name in "abcd"]}).json())
+    assert answers[-1]["changed"] is None
     wait_until(lambda: all(is_released(busy, answer) for answer in answers))
     assert None in prefect_server.changed("many")
 
@@ -290,12 +292,14 @@ def test_a_body_that_announces_no_length_is_cut_off_at_the_limit(quiet: Any) -> 
         assert sent < 64 * 1024**2
 
 
-def connect(receiver: Any, *headers: str) -> socket.socket:
+def connect(
+    receiver: Any, *headers: str, hook: str = "generic", delivery: str = "unfinished", timestamp: float | None = None
+) -> socket.socket:
     """A connection on which a signed delivery has begun, up to its body."""
     host, port = receiver.url.removeprefix("http://").split(":")
     client = socket.create_connection((host, int(port)), timeout=20)
-    lines = [f"POST /hooks/generic HTTP/1.1\r\nHost: {host}", *headers]
-    lines += [f"{name}: {value}" for name, value in signed(b"", "unfinished").items()]
+    lines = [f"POST /hooks/{hook} HTTP/1.1\r\nHost: {host}", *headers]
+    lines += [f"{name}: {value}" for name, value in signed(b"", delivery, timestamp=timestamp).items()]
     client.sendall(("\r\n".join(lines) + "\r\n\r\n").encode())
     return client
 
@@ -304,6 +308,27 @@ def test_a_body_that_does_not_come_is_not_waited_for(quiet: Any) -> None:
     with connect(quiet, "Content-Length: 100") as client:
         client.sendall(b"{")
         assert client.recv(1000).startswith(b"HTTP/1.1 408")
+
+
+def test_bodies_together_take_no_more_than_they_may(
+    prefect_server: Any, deployment: str, start_receiver: Start, hook: str
+) -> None:
+    """And what its headers alone refuse is not waited for: these bodies never come."""
+    hooks = {hook: {"kind": "generic", "deployment": deployment, "secret": "SECRET"}}
+    receiver = start_receiver(prefect_server.url, hooks, max_body_bytes=2000, max_held_bytes=3000, **LONG)
+    with connect(receiver, "Content-Length: 2000", hook=hook, timestamp=time.time() - 301) as late:
+        assert late.recv(1000).startswith(b"HTTP/1.1 401")
+    with connect(receiver, "Content-Length: 2000", hook=hook, delivery="no id") as nameless:
+        assert nameless.recv(1000).startswith(b"HTTP/1.1 400")
+
+    large = b'{"changed": ["a.md"]}' + b" " * 1500
+    with connect(receiver, "Content-Length: 2000", hook=hook) as slow:
+        slow.sendall(b" " * 1900)
+        refused = wait_until(lambda: (answer := send(receiver, hook, large)).status_code == 503 and answer)
+        assert "the limit is 3,000 bytes" in refused.json()["error"]
+        assert (refused.headers["retry-after"], refused.headers["connection"]) == ("5", "close")
+        assert send(receiver, hook, {"changed": ["b.md"]}).status_code == 202
+    wait_until(lambda: send(receiver, hook, large).status_code == 202)
 
 
 def test_a_replay_is_refused(quiet: Any) -> None:
