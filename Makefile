@@ -41,6 +41,7 @@ bench: $(READY) ## Measure against a plain LlamaIndex pipeline, second runs, ups
 	$(BIN)/python tests/benchmarks/incremental.py
 	$(BIN)/python tests/benchmarks/upsert_rate.py
 	$(BIN)/python tests/benchmarks/memory_growth.py
+	$(BIN)/python tests/benchmarks/webhook_load.py
 
 lock: $(READY) ## Write requirements.lock anew from pyproject.toml
 	$(BIN)/pip-compile --quiet --strip-extras --no-header --no-emit-options --no-emit-index-url --no-emit-find-links \

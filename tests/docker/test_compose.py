@@ -180,6 +180,15 @@ def test_one_profile_serves_the_gpu_pool(services: Services) -> None:
     assert devices == [{"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}]
 
 
+def test_only_the_stand_in_lets_a_cpu_pass_for_the_device(services: Services, worker_services: Services) -> None:
+    every = (*services.items(), *worker_services.items())
+    told = {name: (service.get("environment") or {}).get("BALLAST_DEVICE") for name, service in every}
+    assert {name: device for name, device in told.items() if device} == {"worker-gpu-standin": "cpu"}
+    # The rest of its environment is every worker's.
+    standin = services["worker-gpu-standin"]["environment"]
+    assert services["worker-gpu"]["environment"].items() <= standin.items()
+
+
 def test_every_pool_has_a_worker(services: Services) -> None:
     served = {
         service["command"][service["command"].index("--pool") + 1]
