@@ -6,7 +6,8 @@ the server's database. Prefect's own leases do not do: with the server's default
 environment", measured four minutes after a restart), and three renewals that fail in a row end it as well.
 
 The holder counts up a number in its record. Nobody compares clocks: who waits takes the record away if that number stood
-still while the server answered all the time, so an outage of the server, however long, costs nobody a collection.
+still while the server answered all the time, so an outage of the server, however long, costs nobody a collection. The run
+itself does not survive every outage: a process worker exits after about 15 minutes without its server, and its runs with it.
 """
 
 from __future__ import annotations

@@ -195,6 +195,13 @@ def test_a_silent_run_has_time_for_several_signs_of_life() -> None:
         assert silent["trigger"]["within"] >= 6 * int(env["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"])
 
 
+def test_a_run_tells_its_end_for_as_long_as_a_worker_outlasts_its_server() -> None:
+    outlasted_s = 950  # measured, with PREFECT_WORKER_QUERY_SECONDS=2
+    for deployment in DEPLOYMENTS:
+        tries = int(deployment["work_pool"]["job_variables"]["env"]["PREFECT_CLIENT_MAX_RETRIES"])
+        assert outlasted_s <= sum(2**number for number in range(1, tries + 1)) <= 2 * outlasted_s
+
+
 def test_an_address_with_a_password_is_refused_and_not_repeated() -> None:
     with pytest.raises(ConfigError, match="QDRANT_URL has a password in it") as refused:
         read_deployments(PREFECT_FILE, {**SITE, "QDRANT_URL": "https://ballast:hunter2@qdrant:6333"})
