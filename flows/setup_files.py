@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tasks.errors import ConfigError
+from tasks.url_secrets import has_password, has_secret_parameter
 
 # Beside the packages, in a checkout as in an image.
 DEPLOYMENTS_FOLDER = Path(__file__).resolve().parents[1] / "deployments"
@@ -80,7 +80,8 @@ def read_template(pool: PoolDefinition, pools_file: Path) -> dict[str, Any] | No
 
 
 def read_deployments(path: Path, environment: Mapping[str, str]) -> list[DeploymentDefinition]:
-    """The deployments of a prefect.yaml. Raises ConfigError where Prefect can't read it or a variable in it is unset.
+    """The deployments of a prefect.yaml. Raises ConfigError where Prefect can't read it, a variable in it is
+    unset, or an address in it has a password or a signature.
 
     Prefect itself takes an unset variable for an empty text: a source, or a Qdrant, that is nowhere.
     """
@@ -98,12 +99,7 @@ def read_deployments(path: Path, environment: Mapping[str, str]) -> list[Deploym
             f"unset or empty. Set {'it' if len(unset) == 1 else 'them'} and run it again, or write the values into a copy "
             "of the file and name that with --prefect-file."
         )
-    for name in sorted(wanted):
-        if has_password(environment[name]):
-            raise ConfigError(
-                f"{name} has a password in it, and would be kept in clear among the parameters of {path.name}'s deployments. "
-                "Take it out; QDRANT_API_KEY, and what fsspec's own environment variables say, stay with the workers."
-            )
+    _refuse_secrets(content.get("deployments"), path, environment)
     found = []
     for deployment in model.deployments:
         if not deployment.name or not deployment.entrypoint or not (deployment.work_pool and deployment.work_pool.name):
@@ -166,12 +162,32 @@ def find_variables(value: object) -> set[str]:
     return set()
 
 
-def has_password(value: str) -> bool:
-    """Whether a text is a URL with a password before its host."""
-    try:
-        return urlsplit(value).password is not None
-    except ValueError:
-        return False
+def _refuse_secrets(deployments: object, prefect_file: Path, environment: Mapping[str, str]) -> None:
+    """Raise ConfigError where an address in a deployment has a password or a signature in it, as it will be on the server."""
+    for place, text in _find_texts(deployments, "deployments"):
+        names = ", ".join(sorted(find_variables(text)))
+        filled = _VARIABLE.sub(lambda match: environment.get(match[1], ""), text)
+        # A template of a password counts as well: what it is filled with is kept like any literal.
+        with_password = has_password(text) or has_password(filled)
+        if with_password or has_secret_parameter(filled):
+            found = "a password" if with_password else "a signature or a token"
+            raise ConfigError(
+                f"{names or place} has {found} in it, and would be kept in clear among the parameters of "
+                f"{prefect_file.name}'s deployments{f' ({place})' if names else ''}. Take it out; QDRANT_API_KEY, and what "
+                "fsspec's own environment variables say, stay with the workers."
+            )
+
+
+def _find_texts(value: object, place: str) -> Iterator[tuple[str, str]]:
+    match value:
+        case str():
+            yield place, value
+        case dict():
+            for name, entry in value.items():
+                yield from _find_texts(entry, f"{place}.{name}")
+        case list():
+            for number, entry in enumerate(value):
+                yield from _find_texts(entry, f"{place}[{number}]")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -3,26 +3,82 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, model_validator
+from pydantic.config import JsonDict
+
+from tasks.errors import ConfigError
+from tasks.url_secrets import has_password, has_secret_parameter
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 
+STORED = "A knob is a parameter of the run: stored and shown in clear."
+WAY_OUT = (
+    "Take it out. Credentials come from the environment of whoever runs it: the driver's variables "
+    '(AWS_SECRET_ACCESS_KEY, ...) or fsspec\'s (FSSPEC_FTP=\'{"username": "...", "password": "..."}\', or a file in '
+    "~/.config/fsspec); QDRANT_API_KEY for Qdrant."
+)
+# For the deployments' parameter schema: Prefect's server refuses such a run before it is stored. It knows the usual
+# spelling only; the validators below know all of them.
+_NO_PASSWORD: JsonDict = {"pattern": r"^(?!.*://[^/:]*:[^/]+@)"}
+_BARE_ADDRESS: JsonDict = {"pattern": r"^[^@?#]*$"}
+
 
 class Settings(BaseModel):
-    """A group of knobs: an unknown name is an error, never ignored."""
+    """A group of knobs: an unknown name is an error, never ignored. A URL with a password raises ConfigError, not a ValueError:
+    pydantic would put the value into its own message, and Prefect that into the run's state.
+    """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_passwords(cls, values: Any) -> Any:
+        for path, text in _find_texts(values):
+            if has_password(text):
+                raise ConfigError(f"{path or 'The settings'}: it has a password in it. {STORED} {WAY_OUT}")
+        return values
+
+
+def _find_texts(values: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Every text of a tree as it came, before anything of it is known to be right. What is validated already is left out."""
+    match values:
+        case str():
+            yield path, values
+        case dict():
+            for name, value in values.items():
+                yield from _find_texts(value, f"{path}.{name}" if path else str(name))
+        case list() | tuple() | set():
+            for value in values:
+                yield from _find_texts(value, path)
+
+
+def _check_spool(uri: str | None) -> str | None:
+    if uri is not None and has_secret_parameter(uri):
+        raise ConfigError(f"spool: it has a signature or a token in it. {STORED} {WAY_OUT}")
+    return uri
+
+
+def _check_qdrant_url(url: str | None) -> str | None:
+    # Also without a scheme: user:password@host:6333. What Qdrant takes has neither.
+    if url is not None and re.search(r"[@?#]", url):
+        raise ConfigError(
+            f"qdrant.url: it holds a user or password, a query or a fragment, which Qdrant does not use. {STORED} Give its "
+            "address alone, https://host:6333, and the key in QDRANT_API_KEY."
+        )
+    return url
 
 
 class SourceSettings(Settings):
     """Where the documents are."""
 
     uri: str = Field(
-        description="A file, a folder, a glob, or an fsspec URL (s3://..., memory://...). One with a password is refused; a "
-        "signed one is kept, signature and all, in the run's parameters."
+        description="A file, a folder, a glob, or an fsspec URL (s3://..., memory://...). One with a password is refused, and "
+        "so is a signed one where pools.enabled is set; else it is kept, signature and all, in the run's parameters.",
+        json_schema_extra=_NO_PASSWORD,
     )
     name: str | None = Field(
         None,
@@ -158,8 +214,11 @@ class DeleteSettings(Settings):
 class QdrantSettings(Settings):
     """Where the points go. The API key comes from QDRANT_API_KEY only, never from a parameter."""
 
-    url: str | None = Field(
-        None, description="A Qdrant server; unset: QDRANT_URL, else an embedded Qdrant in the data folder."
+    url: Annotated[str | None, AfterValidator(_check_qdrant_url)] = Field(
+        None,
+        description="A Qdrant server; unset: QDRANT_URL, else an embedded Qdrant in the data folder. Refused with a user, a "
+        "password or a query in it.",
+        json_schema_extra=_BARE_ADDRESS,
     )
     collection: str = Field("documents", description="Collection name; it becomes an alias of the physical collection.")
     batch_points: Annotated[int, Field(gt=0, le=4096)] = Field(256, description="Points of one upsert at most.")
@@ -249,8 +308,11 @@ class IngestSettings(Settings):
     data_folder: str = Field(
         ".ballast", description="Embedded Qdrant, spool, fitted memory models and the embedded Prefect API's database."
     )
-    spool: str | None = Field(
-        None, description="Working folder for partitions and vectors; unset: `spool` in the data folder."
+    spool: Annotated[str | None, AfterValidator(_check_spool)] = Field(
+        None,
+        description="Working folder for partitions and vectors; unset: `spool` in the data folder. Refused with a password or "
+        "a token in it.",
+        json_schema_extra=_NO_PASSWORD,
     )
     spool_max_bytes: ByteSize = Field(
         ByteSize(4 * 1024**3),
@@ -269,6 +331,17 @@ class IngestSettings(Settings):
         if isinstance(values, dict) and isinstance(values.get("source"), str):
             return {**values, "source": {"uri": values["source"]}}
         return values
+
+    @model_validator(mode="after")
+    def _refuse_signed_source(self) -> Self:
+        # With pools the Prefect server is shared, and a signature is a key to the documents for whoever reads it there.
+        if self.pools.enabled and has_secret_parameter(self.source.uri):
+            raise ConfigError(
+                f"source.uri: it has a signature or a token in it, and pools.enabled is set. {STORED} Everybody on the Prefect "
+                "server could read it. Give the URL without it, s3://bucket/folder, and the credentials in the environment of "
+                "ingest-pool's worker (AWS_SECRET_ACCESS_KEY, ...)."
+            )
+        return self
 
 
 class GroupedPartition(Settings):

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ByteSize, TypeAdapter, ValidationError
 
 from tasks.config import IngestSettings, SourceSettings
 from tasks.errors import ConfigError
+from tasks.url_secrets import hide_secrets
 
 # Known by being this very object: whatever URI stood for it, someone may have given. An empty one is never opened.
 _NO_SOURCE = SourceSettings(uri="")
@@ -124,10 +125,11 @@ def describe_error(location: tuple[str, ...], kind: str, message: str, value: An
     if not path:  # about several knobs together: the message says which
         return f"{message}."
     if kind in ("tuple_type", "list_type"):
-        return f"{path}: must be a list; it is {value!r}. In TOML and with --set: '{path}=[\"{value}\"]'."
+        shown = hide_secrets(str(value))
+        return f"{path}: must be a list; it is {shown!r}. In TOML and with --set: '{path}=[\"{shown}\"]'."
     if kind == "value_error":  # a validator of ours: its message is whole
         message = message.removeprefix("Value error, ")
-    shown = "..." if SECRET.search(location[-1] if location else "") else repr(value)
+    shown = "..." if SECRET.search(location[-1] if location else "") else hide_secrets(repr(value))
     return f"{path}: {message[:1].lower()}{message[1:]}; it is {shown[:200]}."
 
 

@@ -105,8 +105,10 @@ def allowed_for(path: Path) -> set[str]:
     match parts:
         case ("tasks", "records" | "errors"):
             return STDLIB | {"numpy", "tasks.errors"}
+        case ("tasks", "url_secrets"):
+            return STDLIB
         case ("tasks", "config"):
-            return STDLIB | {"numpy", "pydantic"} | BASE
+            return STDLIB | {"numpy", "pydantic", "tasks.url_secrets"} | BASE
         case ("tasks", "observe"):
             return STDLIB | BASE
         case ("tasks", "policy", _):
@@ -117,7 +119,7 @@ def allowed_for(path: Path) -> set[str]:
                 | BASE
             )
         case ("tasks", "backends", name):
-            return STDLIB | {"numpy", "tasks.backends", "tasks.config"} | BASE | WRAPPED[name]
+            return STDLIB | {"numpy", "tasks.backends", "tasks.config", "tasks.url_secrets"} | BASE | WRAPPED[name]
         case ("tasks", "engine", "llama_index_embedding"):
             # LlamaIndex's own class over our encoder: it wires, as the rest of the engine does.
             return (

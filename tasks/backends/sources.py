@@ -12,13 +12,9 @@ from tasks.backends.changed_listing import ChangedPaths, list_changed
 from tasks.backends.filesystem import (
     connect,
     explain_io_error,
-    has_password,
-    hide_secrets,
     io_errors,
     is_local,
-    is_local_file,
     is_web_refusal,
-    remove_secrets,
 )
 from tasks.backends.listing import FORMATS, TABLES, Listed, Listing, start_listing
 from tasks.backends.tables import read_table
@@ -26,6 +22,7 @@ from tasks.backends.texts import is_encoding
 from tasks.config import SourceSettings
 from tasks.errors import ConfigError, SourceError
 from tasks.records import Document, FileRef, Rejection
+from tasks.url_secrets import hide_secrets, remove_secrets
 
 
 class Source:
@@ -66,8 +63,7 @@ class Source:
 def open_source(
     settings: SourceSettings, *, leave_out: Collection[str] = (), changed: Collection[str] | None = None
 ) -> Source:
-    """List it. Raises SourceError: not there, not listable, nothing to read in it; ConfigError: format, encoding or
-    a password in the URI.
+    """List it. Raises SourceError: not there, not listable, nothing to read in it; ConfigError: format, encoding.
 
     `leave_out`: local folders that are not part of the source wherever they lie, such as the run's own data folder.
     `changed`: doc ids, without any that leads out of the source (policy.changed_paths); only what the source has of these
@@ -77,12 +73,6 @@ def open_source(
     if not settings.uri.strip():  # Path("") is the working folder: nobody's answer to an unset shell variable
         raise ConfigError("The source is empty. Give a file, a folder, a glob or a URL; . is the working folder.")
     name = hide_secrets(settings.uri)
-    if has_password(settings.uri) and not is_local_file(settings.uri):
-        raise ConfigError(
-            f"The source {name} has a password in it; it is a parameter of the run, and so would be stored and shown. Give it "
-            "by the driver's environment variables (AWS_SECRET_ACCESS_KEY, ...) or by fsspec's: "
-            'FSSPEC_FTP=\'{"username": "...", "password": "..."}\', or a file in ~/.config/fsspec.'
-        )
     fs, path = connect(settings.uri)
     left_out = frozenset(map(os.path.realpath, leave_out)) if is_local(fs) else frozenset()
     # A listing that was cached for the last run would hide what has been added since.

@@ -52,7 +52,7 @@ def test_flags_win_over_set_over_file_over_defaults(config_file: Path) -> None:
         ("embedding.calibrate=false", "embedding", "calibrate", False),
         ("budget.max_bytes=15GiB", "budget", "max_bytes", 15 * 1024**3),
         ('source.formats=["md", "txt"]', "source", "formats", ("md", "txt")),
-        ("qdrant.url=http://host:6333/?a=b", "qdrant", "url", "http://host:6333/?a=b"),
+        ("embedding.model=models/?a=b", "embedding", "model", "models/?a=b"),
     ],
 )
 def test_set_reaches_every_kind_of_knob(override: str, group: str, name: str, value: object) -> None:
@@ -117,3 +117,35 @@ def test_what_is_refused_says_how_to_write_it(override: str, message: str) -> No
 def test_a_data_folder_in_the_home_folder_is_no_folder_named_tilde() -> None:
     settings = build_settings(overrides=["data_folder=~/ballast"], flags={"source.uri": "docs"})
     assert settings.data_folder == str(Path.home() / "ballast")
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("source.uri=ftp://user:hunter2@host/x", "source.uri: it has a password"),
+        ("source=zip://*.md::ftp://user:hunter2@host/x", "source.uri: it has a password"),
+        ("spool=sftp://user:hunter2@host/x", "spool: it has a password"),
+        ("spool=https://host/x?sig=hunter2", "spool: it has a signature"),
+        ("qdrant.url=https://user:hunter2@host", "qdrant.url: it has a password"),
+        ("qdrant.url=user:hunter2@host:6333", "qdrant.url: it holds a user or password"),
+        ("qdrant.url=https://host?api-key=hunter2", "qdrant.url: it holds a user or password"),
+        ("qdrant=https://user:hunter2@host", "qdrant: it has a password"),
+        ("no_such_knob=https://user:hunter2@host", "no_such_knob: it has a password"),
+    ],
+)
+def test_a_secret_in_a_knob_is_refused_and_not_repeated(override: str, named: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        build_settings(overrides=["source=docs", override, "chunking.max_tokens=wrong"])
+    assert str(refused.value).startswith(named)
+    assert "hunter2" not in str(refused.value)
+
+
+def test_a_signed_source_is_for_a_server_of_ones_own() -> None:
+    signed = "source.uri=https://host/docs.zip?X-Amz-Signature=hunter2&page=1"
+    assert build_settings(overrides=[signed]).source.uri == signed.partition("=")[2]
+    with pytest.raises(ConfigError, match="ingest-pool's worker") as refused:
+        build_settings(overrides=[signed, "pools.enabled=true"])
+    assert "hunter2" not in str(refused.value)
+    with pytest.raises(ConfigError, match=r"source\.formats: must be a list") as refused:
+        build_settings(overrides=[signed, "source.formats=https://host/?sig=hunter2"])
+    assert "hunter2" not in str(refused.value)

@@ -425,7 +425,7 @@ def test_plain_http_with_a_key_can_be_allowed(
         ("qdrant", "needs http:// or https://"),
         ("http://", "needs http:// or https:// and a host"),
         ("http://host:port", "can't be read"),
-        ("https://user:hunter2@qdrant.example", "user or password"),
+        ("https://user:hunter2@qdrant.example", "has a password"),
     ],
 )
 def test_urls_that_can_not_be_used(url: str, message: str, tmp_path: Path) -> None:

