@@ -86,6 +86,22 @@ def test_a_run_over_some_paths_neither_supersedes_nor_is_superseded(backlog: Bac
     assert not is_superseded(by_hand)
 
 
+def test_a_run_with_other_settings_does_not_count(backlog: Backlog) -> None:
+    """Somebody tries another source or collection with the nightly's deployment."""
+    nightly = backlog.add(2, settings={"source": {"uri": "docs"}, "qdrant": {"collection": "docs"}})
+    others: list[Any] = [
+        {"source": {"uri": "docs/drafts"}, "qdrant": {"collection": "docs"}},
+        {"source": {"uri": "docs"}, "qdrant": {"collection": "trial"}},
+        {"source": {"uri": "docs"}, "qdrant": {"collection": "docs"}, "chunking": {"max_tokens": 64}},
+        {"source": {"uri": "docs"}, "no_such_knob": 1},
+    ]
+    for settings in others:
+        backlog.work(backlog.add(1, settings=settings))
+    assert not is_superseded(nightly)
+    backlog.work(backlog.add(1, settings={"source": "docs", "qdrant": {"collection": "docs", "batch_points": 256}}))
+    assert is_superseded(nightly), "the same, spelt otherwise"
+
+
 def test_another_deployments_runs_do_not_count(backlog: Backlog, shared_api: PrefectServer) -> None:
     other = Backlog(shared_api)
     other.work(other.add(1))
