@@ -24,7 +24,7 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Cancelling, Crashed
 
-from tasks.config import EmbedGroup, IngestSettings
+from tasks.config import EmbedGroup, IngestSettings, SourceSettings
 from tasks.errors import ConfigError
 from tasks.records import Pool
 from tasks.server_calls import ask_server
@@ -60,7 +60,8 @@ class PoolRuns:
         """
         pools = self._settings.pools
         name = pools.gpu_deployment if group.pool == "gpu" else pools.cpu_deployment
-        parameters = {"settings": self._settings.model_dump(mode="json"), "group": group.model_dump(mode="json")}
+        settings = to_worker_settings(self._settings)
+        parameters = {"settings": settings.model_dump(mode="json"), "group": group.model_dump(mode="json")}
 
         def start() -> Any:
             return run_deployment(
@@ -124,6 +125,11 @@ class PoolRuns:
         pools = self._settings.pools
         name = pools.gpu_deployment if pool == "gpu" else pools.cpu_deployment
         return ask_server(lambda: _is_served(name), LOOK_PATIENCE_S, self._stop)
+
+
+def to_worker_settings(settings: IngestSettings) -> IngestSettings:
+    """Without the source: a worker reads partitions only, and its parameters are one more place where a URL is stored."""
+    return settings.model_copy(update={"source": SourceSettings(uri="-", name=settings.source.name)})
 
 
 def to_tag(collection: str) -> str:

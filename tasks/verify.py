@@ -11,21 +11,24 @@ from tasks.engine.verify_collection import Inspection, inspect_collection
 from tasks.publish import publish_table
 from tasks.records import VerifyReport
 from tasks.secrets import read_environment
+from tasks.server_calls import ask_server
 from tasks.states import complete
 from tasks.tabulate_state import tabulate_findings, tabulate_verify
 
 
 @task(name="inspect", task_run_name="inspect", cache_policy=NO_CACHE, persist_result=False)
 def inspect(settings: IngestSettings, *, with_source: bool) -> Inspection:
-    """Points, ledger and source, compared. Raises the errors of inspect_collection()."""
-    found = inspect_collection(settings, with_source=with_source, environment=read_environment())
+    """Points, ledger and source, compared. Raises the errors of inspect_collection(), ApiUnavailable."""
+    environment = ask_server(read_environment, settings.pools.server_outage_s)
+    found = inspect_collection(settings, with_source=with_source, environment=environment)
     return complete(found, f"{len(found.findings)} findings in {len(found.documents)} documents, {found.points} points")
 
 
 @task(name="repair", task_run_name="repair", cache_policy=NO_CACHE, persist_result=False)
 def repair(settings: IngestSettings, inspection: Inspection) -> Mended:
-    """Ledger records and deletes. Raises the errors of repair_collection()."""
-    mended = repair_collection(settings, inspection, environment=read_environment())
+    """Ledger records and deletes. Raises the errors of repair_collection(), ApiUnavailable."""
+    environment = ask_server(read_environment, settings.pools.server_outage_s)
+    mended = repair_collection(settings, inspection, environment=environment)
     what = "an ingest embeds what is missing" if mended.needs_ingest else "nothing is to be embedded"
     return complete(mended, " ".join((f"Done; {what}.", *mended.notes)))
 

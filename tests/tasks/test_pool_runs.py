@@ -8,7 +8,8 @@ import pytest
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.states import AwaitingRetry, Cancelled, Completed, Crashed, Failed, Pending, Running, Scheduled
 
-from tasks.pool_runs import OPEN_STATES, _to_look, to_tag
+from tasks.config import IngestSettings
+from tasks.pool_runs import OPEN_STATES, _to_look, to_tag, to_worker_settings
 
 
 def look(state: State | None) -> tuple[str, str]:
@@ -49,3 +50,11 @@ def test_only_a_final_state_is_an_end(state_type: StateType) -> None:
 
 def test_runs_of_two_collections_have_different_tags() -> None:
     assert to_tag("docs") != to_tag("docs-2")
+
+
+def test_a_workers_parameters_are_the_ingests_without_its_source() -> None:
+    source = {"uri": "https://files.example/docs?page=1", "name": "docs", "text_fields": ["body"]}
+    settings = IngestSettings.model_validate({"source": source, "qdrant": {"collection": "docs"}, "spool": "s3://b/x"})
+    sent = to_worker_settings(settings).model_dump(mode="json")
+    assert "files.example" not in str(sent)
+    assert IngestSettings.model_validate(sent).model_copy(update={"source": settings.source}) == settings
