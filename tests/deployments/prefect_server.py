@@ -38,7 +38,7 @@ class PrefectServer:
             self.port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}/api"
         self.database = home / "prefect.db"
-        self._settings = dict(settings or {})
+        self.settings = dict(settings or {})  # read at each start
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -51,7 +51,7 @@ class PrefectServer:
         with (self.home / "server.log").open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(self.port)],
-                env={**without_prefect(), "PREFECT_HOME": str(self.home), **SERVER_SETTINGS, **self._settings},
+                env={**without_prefect(), "PREFECT_HOME": str(self.home), **SERVER_SETTINGS, **self.settings},
                 cwd=self.home,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -48,15 +48,11 @@ class Site:
     def __post_init__(self) -> None:
         self.documents.mkdir(parents=True)
         # The page's own address, for the browser test; leases on disk, as the README tells.
-        self.server = PrefectServer(self.folder / "server")
         self.server = PrefectServer(
             self.folder / "server",
-            {
-                "PREFECT_UI_ENABLED": "true",
-                "PREFECT_UI_API_URL": self.server.url,
-                "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
-            },
+            {"PREFECT_UI_ENABLED": "true", "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false"},
         )
+        self.server.settings["PREFECT_UI_API_URL"] = self.server.url
 
     # ------------------------------------------------------------------------------------------ what there is
 
