@@ -122,6 +122,21 @@ def test_each_node_is_counted_where_it_was_embedded(
     assert seen["ballast_spilled_nodes_total"] == spilled
 
 
+def test_a_run_whose_workers_embed_counts_documents_and_no_node() -> None:
+    with start_metrics(ANY_PORT, collection="docs", embeds=False) as url:
+        assert url is not None
+        current_observer.get().partition_done(replace(REPORT, device="gpu-pool (cuda:0)"))
+        current_observer.get().run_finished(SUMMARY, ())
+        seen = scrape(url)
+    counted = {name for name, value in seen.items() if value and "_created" not in name}
+    statuses = ("unchanged", "written", "failed", "skipped")
+    assert counted == {
+        "ballast_run_info{collection=docs,pool=}",
+        "ballast_runs_total{outcome=red}",
+        *(f"ballast_documents_total{{status={status}}}" for status in statuses),
+    }
+
+
 def test_whoever_watched_before_goes_on_watching() -> None:
     class Notes(SilentObserver):
         def __init__(self) -> None:

@@ -1,9 +1,6 @@
-"""Which partitions go to which pool: every partition ends reported or lost, once, whatever the workers do."""
+"""Which partitions go to which pool, in what groups, and what a run's end makes of them, case by case."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass, field
-from random import Random
 
 import pytest
 from hypothesis import given, settings
@@ -114,47 +111,71 @@ def test_when_a_group_starts(tokens: list[int], is_complete: bool, is_full: bool
     assert [each.number for each in groups] == list(range(len(started)))
     assert [each.pool for each in groups] == ["gpu"] * len(started)
     assert list(dispatcher.running()) == groups
-    assert dispatcher.waiting_partitions == len(tokens) - sum(map(len, started))
+    assert dispatcher.is_busy == bool(tokens)
 
 
-def test_what_the_gpu_leaves_waits_for_more_of_it_until_the_gpu_is_done() -> None:
-    dispatcher = dispatch(100, 100, is_complete=True)
-    first, second = start(dispatcher), start(dispatcher)
-    assert dispatcher.report(first.number, 0)
+def test_what_the_gpu_leaves_starts_while_the_gpu_goes_on() -> None:
+    dispatcher = dispatch(50, 50, 50, group_tokens=150)
+    on_gpu = start(dispatcher)
+    assert dispatcher.report(on_gpu.number, 0)
     dispatcher.leave(partition(0), 10)
-    dispatcher.end(first.number, died_over=None, reason="")
-    assert dispatcher.next_group() is None  # the second may leave some as well
-    assert dispatcher.is_busy
-    dispatcher.report(second.number, 1)
-    dispatcher.leave(partition(1), 10)
-    assert dispatcher.next_group() is None  # reported, but it has not ended
-    dispatcher.end(second.number, died_over=None, reason="")
-    left = start(dispatcher)
-    assert (left.pool, indexes(left)) == ("cpu", [0, 1])
-    dispatcher.report(left.number, 0)
-    dispatcher.report(left.number, 1)
-    assert dispatcher.is_busy
-    assert dispatcher.end(left.number, died_over=None, reason="") == ()
-    assert not dispatcher.is_busy
-
-
-def test_the_cpu_pool_starts_at_once_with_enough_of_what_was_left() -> None:
-    dispatcher = dispatch(100, 100)
     first = start(dispatcher)
-    start(dispatcher)
+    assert (first.pool, indexes(first)) == ("cpu", [0])  # little, and none of the CPU pool is at work
+    assert dispatcher.is_at_work("gpu")
+    assert dispatcher.report(on_gpu.number, 1)
+    dispatcher.leave(partition(1), 10)
+    assert dispatcher.next_group() is None  # waits for company, as long as the first is under way
     dispatcher.report(first.number, 0)
-    dispatcher.leave(partition(0), 100)
+    assert dispatcher.next_group() is None  # reported, but it has not ended
+    dispatcher.end(first.number, died_over=None, reason="")
+    assert not dispatcher.is_at_work("cpu")
+    assert indexes(start(dispatcher)) == [1]
+
+
+def test_a_second_group_of_the_cpu_pool_waits_for_enough_until_the_gpu_is_done() -> None:
+    dispatcher = dispatch(100, 100, 100, 100, is_complete=True, cpu_runs=2, group_tokens=400)
+    on_gpu = start(dispatcher)
+    for index in range(2):
+        dispatcher.report(on_gpu.number, index)
+        dispatcher.leave(partition(index), 10)
+        assert indexes(dispatcher.next_group()) == [[0], []][index]
+    dispatcher.report(on_gpu.number, 2)
+    dispatcher.leave(partition(2), 390)
+    assert indexes(dispatcher.next_group()) == [1, 2]
+    assert dispatcher.is_at_work("gpu")
+    dispatcher.end(1, died_over=None, reason="")  # it could not start: it waits for nobody
     assert indexes(dispatcher.next_group()) == [0]
 
 
-def test_a_full_spool_of_what_was_left_is_emptied_by_the_cpu_pool() -> None:
+@pytest.mark.parametrize("cpu_at_work", [False, True])
+def test_a_full_spool_starts_a_small_group_whatever_the_other_pool_does(cpu_at_work: bool) -> None:
     dispatcher = dispatch(100)
     group = start(dispatcher)
     dispatcher.report(group.number, 0)
-    dispatcher.leave(partition(0), 10)
+    if cpu_at_work:
+        dispatcher.leave(partition(0), 10)
+        assert start(dispatcher).pool == "cpu"
+    dispatcher.add(partition(1, 10))
+    assert dispatcher.next_group(is_full=True) is None  # the GPU pool's own run is under way still
     dispatcher.end(group.number, died_over=None, reason="")
     assert dispatcher.next_group() is None
-    assert start(dispatcher, is_full=True).pool == "cpu"
+    again = start(dispatcher, is_full=True)
+    assert (again.pool, indexes(again)) == ("gpu", [1])
+
+
+@pytest.mark.parametrize(
+    ("held", "started"), [([], ["gpu", "cpu"]), (["gpu"], ["cpu"]), (["cpu"], ["gpu"]), (["gpu", "cpu"], [])]
+)
+def test_a_pool_that_is_held_gets_no_group_and_the_other_one_does(held: list[Pool], started: list[Pool]) -> None:
+    dispatcher = dispatch(100, 100, gpu_runs=1)
+    first = start(dispatcher)
+    dispatcher.report(first.number, 0)
+    dispatcher.leave(partition(0), 10)
+    dispatcher.end(first.number, died_over=None, reason="")
+    pools: list[Pool] = []
+    while (group := dispatcher.next_group(held=held)) is not None:
+        pools.append(group.pool)
+    assert pools == started
 
 
 # ---------------------------------------------------------------------------------------------- deaths
@@ -181,10 +202,8 @@ def test_what_a_run_died_over_runs_again_at_once() -> None:
     assert dispatcher.next_group() is None
 
 
-@pytest.mark.parametrize(
-    "died_over", [None, 0, 99], ids=["before its first", "one that it had reported", "an unknown one"]
-)
-def test_all_that_is_open_is_counted_where_nothing_says_what_a_run_died_over(died_over: int | None) -> None:
+@pytest.mark.parametrize("died_over", [0, 99], ids=["one that it had reported", "an unknown one"])
+def test_all_that_is_open_is_counted_where_nothing_says_which_of_it_a_run_died_over(died_over: int) -> None:
     dispatcher = dispatch(50, 50, 50, group_tokens=150)
     group = start(dispatcher)
     dispatcher.report(group.number, 0)
@@ -192,8 +211,55 @@ def test_all_that_is_open_is_counted_where_nothing_says_what_a_run_died_over(die
     again = start(dispatcher)
     assert (again.pool, indexes(again)) == ("gpu", [1, 2])
     dispatcher.end(again.number, died_over=died_over, reason="gone")
-    dispatcher.complete()
-    assert (start(dispatcher).pool, dispatcher.waiting_partitions) == ("cpu", 0)
+    last = start(dispatcher)
+    assert (last.pool, indexes(last)) == ("cpu", [1, 2])
+    assert dispatcher.start_failures("gpu") == (0, "")
+
+
+def test_a_run_that_came_to_no_partition_is_charged_to_its_pool_and_to_no_partition() -> None:
+    dispatcher = dispatch(50, 50, max_attempts=1)
+    for failures in range(1, 20):
+        group = start(dispatcher)  # late already: at once
+        assert (group.pool, indexes(group)) == ("gpu", [0, 1])
+        assert dispatcher.is_at_work("gpu")
+        assert dispatcher.end(group.number, died_over=None, reason=f"no driver {failures}") == ()
+        assert dispatcher.start_failures("gpu") == (failures, f"no driver {failures}")
+        assert dispatcher.start_failures("cpu") == (0, "")
+        assert not dispatcher.is_at_work("gpu")
+    group = start(dispatcher)
+    dispatcher.report(group.number, 0)
+    assert dispatcher.start_failures("gpu")[0] == 0
+    dispatcher.end(group.number, died_over=1, reason="killed")
+    assert dispatcher.start_failures("gpu")[0] == 0
+    last = start(dispatcher)
+    assert (last.pool, indexes(last)) == ("cpu", [1])
+
+
+def test_a_run_that_ended_with_all_of_it_reported_is_no_start_failure() -> None:
+    dispatcher = dispatch(100)
+    group = start(dispatcher)
+    dispatcher.report(group.number, 0)
+    dispatcher.end(group.number, died_over=None, reason="")
+    assert dispatcher.start_failures("gpu") == (0, "")
+
+
+def test_a_healthy_machine_beside_one_that_cannot_start_keeps_all_of_it_on_its_pool() -> None:
+    dispatcher = dispatch(*[100] * 8, is_complete=True)
+    reported: list[tuple[int, Pool]] = []
+    while dispatcher.is_busy:
+        healthy = start(dispatcher)
+        for _ in range(3):  # takes group after group, faster than the other works
+            broken = dispatcher.next_group()
+            if broken is not None:
+                dispatcher.end(broken.number, died_over=None, reason="no driver")
+                assert dispatcher.start_failures("gpu")[0] > 0
+                assert dispatcher.is_at_work("gpu")  # which is why the run goes on
+        for index in list(dispatcher.open_partitions(healthy.number)):
+            dispatcher.report(healthy.number, index)
+            reported.append((index, healthy.pool))
+        assert dispatcher.start_failures("gpu")[0] == 0
+        dispatcher.end(healthy.number, died_over=None, reason="")
+    assert sorted(reported) == [(index, "gpu") for index in range(8)]
 
 
 def test_the_way_of_a_partition_that_every_run_dies_over() -> None:
@@ -206,7 +272,17 @@ def test_the_way_of_a_partition_that_every_run_dies_over() -> None:
         lost = dispatcher.end(group.number, died_over=0, reason=f"death {len(pools)}")
     assert pools == ["gpu"] * 3 + ["cpu"] * 3
     assert [each.index for each in lost] == [0]
-    assert dispatcher.lost == {0: "death 6"}
+
+
+def test_what_the_gpu_pool_dies_over_waits_for_no_company_on_the_cpu_pool() -> None:
+    dispatcher = dispatch(50, 50, max_attempts=1, cpu_runs=2)
+    group = start(dispatcher)
+    dispatcher.report(group.number, 0)
+    dispatcher.leave(partition(0), 10)
+    assert start(dispatcher).pool == "cpu"
+    dispatcher.end(group.number, died_over=1, reason="killed")
+    late = start(dispatcher)
+    assert (late.pool, indexes(late)) == ("cpu", [1])
 
 
 def test_without_spill_the_cpu_pool_gets_nothing_of_what_the_gpu_pool_dies_over() -> None:
@@ -230,128 +306,6 @@ def test_late_words_of_a_group_that_has_ended_change_nothing() -> None:
     assert not dispatcher.report(again.number, 0)
     assert dispatcher.end(again.number, died_over=0, reason="killed, after its last report") == ()
     assert not dispatcher.is_busy
-    assert not dispatcher.lost
-
-
-# ---------------------------------------------------------------------------------------------- whatever happens
-
-
-@dataclass
-class World:
-    """Workers that die, devices that leave partitions and a spool that fills up; each by chance."""
-
-    dispatcher: Dispatcher
-    tokens: list[int]
-    chance: Random
-    death: float
-    leaving: float
-    room: int  # partitions in the spool before it is full
-    spooled: int = 0
-    done: dict[int, str] = field(default_factory=dict)
-    left_tokens: dict[int, int] = field(default_factory=dict)
-    pools: set[Pool] = field(default_factory=set)
-    deaths: int = 0  # of runs that had not reported everything
-
-    def run(self) -> None:
-        is_complete = False
-        for _ in range(200 * (len(self.tokens) + 1)):
-            if self.spooled < len(self.tokens) and not self.is_full():
-                self.dispatcher.add(partition(self.spooled, self.tokens[self.spooled]))
-                self.spooled += 1
-            elif self.spooled == len(self.tokens) and not is_complete:
-                self.dispatcher.complete()
-                is_complete = True
-            self.start_groups(is_complete)
-            running = list(self.dispatcher.running())
-            if running and self.chance.random() < 0.7:
-                self.work(self.chance.choice(running))
-            if is_complete and not self.dispatcher.is_busy:
-                return
-        raise AssertionError(f"no end: {self.dispatcher.waiting_partitions} wait, {self.dispatcher.running()} run")
-
-    def is_full(self) -> bool:
-        return self.spooled - len(self.done) >= self.room
-
-    def start_groups(self, is_complete: bool) -> None:
-        running_before = len(self.dispatcher.running())
-        while True:
-            is_full = self.is_full()
-            group = self.dispatcher.next_group(is_full=is_full)
-            if group is None:
-                break
-            at_work = self.dispatcher.running()
-            for pool in ("gpu", "cpu"):
-                assert sum(each.pool == pool for each in at_work) <= self.dispatcher.limits.runs(pool)
-            open_now = [index for each in at_work for index in self.dispatcher.open_partitions(each.number)]
-            assert len(open_now) == len(set(open_now))
-            assert not set(indexes(group)) & self.done.keys()
-            self.pools.add(group.pool)
-            tokens = sum(self.left_tokens.get(each.index, each.tokens) for each in group.partitions)
-            may_be_small = is_complete or self.deaths or (is_full and running_before == 0)
-            assert may_be_small or tokens >= self.dispatcher.group_tokens(group.pool)
-            running_before += 1
-
-    def work(self, group: Group) -> None:
-        """One partition of it, or its end."""
-        left = list(self.dispatcher.open_partitions(group.number))
-        if self.chance.random() < self.death or not left:
-            died_over = self.chance.choice([None, *left, 10**6])
-            self.deaths += bool(left)
-            for lost in self.dispatcher.end(group.number, died_over=died_over, reason="killed"):
-                self.settle(lost.index, "lost")
-            return
-        index = left[0]
-        assert self.dispatcher.report(group.number, index)
-        if group.pool == "gpu" and self.dispatcher.limits.spill and self.chance.random() < self.leaving:
-            whole = next(each for each in group.partitions if each.index == index)
-            self.left_tokens[index] = self.chance.randint(1, whole.tokens)
-            self.dispatcher.leave(whole, self.left_tokens[index])
-        else:
-            self.settle(index, "reported")
-
-    def settle(self, index: int, how: str) -> None:
-        assert index not in self.done
-        self.done[index] = how
-
-
-@settings(deadline=None, max_examples=150)
-@given(
-    tokens=st.lists(st.integers(1, 150), max_size=25),
-    gpu_runs=st.integers(1, 3),
-    cpu_runs=st.integers(1, 2),
-    max_attempts=st.integers(1, 3),
-    group_tokens=st.integers(1, 400),
-    spill=st.booleans(),
-    death=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
-    leaving=st.sampled_from([0.0, 0.3, 1.0]),
-    room=st.integers(1, 30),
-    seed=st.integers(0, 2**32),
-)
-def test_every_partition_ends_reported_or_lost_once(
-    tokens: list[int],
-    gpu_runs: int,
-    cpu_runs: int,
-    max_attempts: int,
-    group_tokens: int,
-    spill: bool,
-    death: float,
-    leaving: float,
-    room: int,
-    seed: int,
-) -> None:
-    dispatcher = Dispatcher(
-        limits(gpu_runs=gpu_runs, cpu_runs=cpu_runs, max_attempts=max_attempts, group_tokens=group_tokens, spill=spill)
-    )
-    world = World(dispatcher, tokens, Random(seed), death, leaving, room)
-    world.run()
-    assert sorted(world.done) == list(range(len(tokens)))
-    assert {index for index, how in world.done.items() if how == "lost"} == dispatcher.lost.keys()
-    if death == 0.0:
-        assert not dispatcher.lost
-    if not spill:
-        assert world.pools <= {"gpu"}
-    assert world.deaths <= 2 * max_attempts * len(tokens)  # each is counted for one partition at least
-    assert dispatcher.next_group(is_full=True) is None
 
 
 @settings(deadline=None)
@@ -364,12 +318,14 @@ def test_one_bad_partition_costs_the_others_neither_an_attempt_nor_their_pool(
     dispatcher = dispatch(*tokens, is_complete=True, max_attempts=max_attempts)
     reported: list[tuple[int, Pool]] = []
     deaths = 0
+    lost: list[int] = []
     while dispatcher.is_busy:
         group = start(dispatcher)
         for index in list(dispatcher.open_partitions(group.number)):
             if index == bad:
                 deaths += 1
-                dispatcher.end(group.number, died_over=bad, reason="out of host memory")
+                ended = dispatcher.end(group.number, died_over=bad, reason="out of host memory")
+                lost += [each.index for each in ended]
                 break
             dispatcher.report(group.number, index)
             reported.append((index, group.pool))
@@ -377,4 +333,4 @@ def test_one_bad_partition_costs_the_others_neither_an_attempt_nor_their_pool(
             dispatcher.end(group.number, died_over=None, reason="")
     assert sorted(reported) == [(index, "gpu") for index in range(len(tokens)) if index != bad]
     assert deaths == 2 * max_attempts
-    assert list(dispatcher.lost) == [bad]
+    assert lost == [bad]
