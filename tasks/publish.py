@@ -80,6 +80,9 @@ class ProgressArtifact:
         self._tell(100.0, self._describe())
         if (thread := self._thread) is not None:
             thread.join(patience_s)
+            if thread.is_alive():  # it sends the newest as soon as it can; a second one would make a second artifact
+                logger.warning("not shown in the UI: the progress, which the server has not taken in %g s", patience_s)
+                return
         with self._lock:
             missed, self._latest = self._latest, None
         if missed is not None:

@@ -21,7 +21,7 @@ from prefect.context import SyncClientContext
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from tasks.publish import ProgressArtifact, publish_ladder, publish_run, to_key
+from tasks.publish import ProgressArtifact, publish_group, publish_ladder, publish_run, to_key
 from tasks.records import Books, BudgetMark, LadderStep, Partition, PartitionReport, RunSummary
 
 GIB = 1024**3
@@ -82,6 +82,23 @@ def test_a_runs_end_is_all_on_its_page() -> None:
     for name in ("memory", "report"):
         assert "](data:image/png;base64," in artifacts[f"{name}-my-docs"].data
     assert len(artifacts["report-my-docs"].data) < 200_000
+
+
+@pytest.mark.usefixtures("prefect_api")
+def test_what_a_workers_run_shows_is_under_keys_of_its_own() -> None:
+    """An artifact's page shows the newest of its key: a group's would stand for the whole run's."""
+
+    def publish() -> None:
+        progress = ProgressArtifact("My Docs", "group")
+        progress.update(make_partition(0, 1.0))
+        progress.finish()
+        publish_group(SUMMARY)
+
+    artifacts = publish_in_a_flow(publish)
+    assert set(artifacts) == {"group-progress-my-docs", "group-partitions-my-docs", "group-memory-my-docs"}
+    assert "Share of the group" in artifacts["group-progress-my-docs"].description
+    rows = json.loads(artifacts["group-partitions-my-docs"].data)
+    assert [row["nodes"] for row in rows] == ["100"]
 
 
 @pytest.mark.usefixtures("prefect_api")
