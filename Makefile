@@ -34,7 +34,7 @@ lint: $(READY) ## Style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY) ## Measure against a plain LlamaIndex pipeline, second runs, upserts and memory: half an hour
+bench: $(READY) ## Measure against a plain LlamaIndex pipeline, second runs, upserts, memory and webhooks: half an hour
 	$(BIN)/python tests/benchmarks/ingest_against_llama_index.py
 	$(BIN)/python tests/benchmarks/orchestration.py
 	$(BIN)/python tests/benchmarks/plan_nodes.py

@@ -29,7 +29,6 @@ from tasks.upsert import count_retries
 logger = logging.getLogger(__name__)
 
 UNKNOWN = RunLook("ended", "the Prefect server does not know this run any more")
-MAX_START_FAILURES = 5
 MISSED_BEATS = 4
 UNSERVED_NOTE_S = 60.0  # a worker polls every few seconds; one that has not come by then is worth a word
 
@@ -231,7 +230,7 @@ class PoolStages:
             if count != failures:
                 since = time.monotonic()
                 self._held_since[pool] = failures, since
-            if failures >= MAX_START_FAILURES and not self._dispatcher.is_at_work(pool):
+            if not self._dispatcher.can_start(pool):
                 raise DeviceError(
                     f"{failures} runs in a row on {pool}-pool ended before their first partition, the last with: {reason}. "
                     "Mend its workers and run again: what is stored is not embedded twice."

@@ -11,6 +11,7 @@ from tasks.records import Partition, Pool
 # Until a worker has reported: a T4 with bge-m3 in fp16, and four cores without one; the closed form of the model's FLOPs.
 ASSUMED_TOKENS_PER_S: dict[Pool, float] = {"gpu": 8_000.0, "cpu": 400.0}
 ASSUMED_START_UP_S: dict[Pool, float] = {"gpu": 45.0, "cpu": 30.0}
+MIN_START_FAILURES = 5
 # A single partition must not stand for the device's speed: the newest report counts as much as all before it.
 NEWEST = 0.5
 
@@ -182,6 +183,8 @@ class Dispatcher:
         if died_over is None and open_partitions:
             self._pools[pool].start_failures += 1
             self._pools[pool].failure = reason
+        elif died_over is not None:
+            self._pools[pool].start_failures = 0
         for index, each in open_partitions.items():
             each.is_late = True
             if died_over is not None and (died_over not in open_partitions or index == died_over):
@@ -197,6 +200,12 @@ class Dispatcher:
     def start_failures(self, pool: Pool) -> tuple[int, str]:
         """How many runs of this pool in a row ended before their first partition, and why the last one did."""
         return self._pools[pool].start_failures, self._pools[pool].failure
+
+    def can_start(self, pool: Pool) -> bool:
+        """False where so many runs in a row could not that no worker of this pool will, and none of it is at work."""
+        # Twice as many as start at a time: one bad moment for all of them is not the end.
+        most = max(MIN_START_FAILURES, 2 * self.limits.runs(pool))
+        return self._pools[pool].start_failures < most or self.is_at_work(pool)
 
     def is_at_work(self, pool: Pool) -> bool:
         """Whether a group of this pool is under way."""

@@ -226,7 +226,7 @@ class NeverStart(Meddle):
 def test_a_pool_whose_workers_cant_start_ends_the_run_and_loses_nothing(
     shared: Callable[..., IngestSettings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = shared()
+    settings = shared(gpu_runs=2)
     with pytest.raises(
         DeviceError, match=r"5 runs in a row on gpu-pool ended before their first partition.*exit code 9"
     ):
