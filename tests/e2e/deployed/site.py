@@ -26,6 +26,7 @@ from flows.setup_files import PREFECT_FILE
 from tasks.backends.fake_qdrant_server import LoopbackQdrant
 from tests.deployments.prefect_server import PrefectServer
 
+BALLAST = Path(sys.executable).parent / "ballast"  # not on the path where a virtual environment is not activated
 SECRET = uuid.uuid4().hex
 API_KEY = f"key-{uuid.uuid4().hex}"
 COLLECTION = "documents"  # as in the shipped prefect.yaml
@@ -135,7 +136,7 @@ class Site:
             '[hooks.documents]\nkind = "generic"\ndeployment = "ingest/documents"\nauth = "hmac"\n'
             'secret = "BALLAST_WEBHOOK_SECRET_DOCUMENTS"\n'
         )
-        self.start("receiver", "ballast", "webhooks", "--config", str(config), "--port", str(port))
+        self.start("receiver", str(BALLAST), "webhooks", "--config", str(config), "--port", str(port))
         self.receiver_url = f"http://127.0.0.1:{port}"
         self.wait_until(lambda: self._get_status("/readyz") == 200, "the receiver is ready", 60)
 
@@ -174,7 +175,7 @@ class Site:
         return path
 
     def set_up(self) -> dict[str, Any]:
-        ended = self.run("ballast", "setup", "--json", "--prefect-file", str(self.write_prefect_file()))
+        ended = self.run(str(BALLAST), "setup", "--json", "--prefect-file", str(self.write_prefect_file()))
         found: dict[str, Any] = json.loads(ended.stdout)
         return found
 
