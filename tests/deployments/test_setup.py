@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -27,6 +28,7 @@ SITE = {
     "QDRANT_URL": "http://qdrant:6333",
 }
 SILENT = "ballast: silent runs are crashed"
+BALLAST = Path(sys.executable).parent / "ballast"  # not on the path where a virtual environment is not activated
 KEY = f"key-{uuid.uuid4().hex}"
 
 
@@ -49,7 +51,7 @@ class Ended:
 def set_up(server: PrefectServer, *arguments: str, **site: str) -> Ended:
     """The command itself, from a folder that has nothing to do with the checkout."""
     ended = subprocess.run(
-        ["ballast", "setup", "--json", *arguments],
+        [str(BALLAST), "setup", "--json", *arguments],
         env={**server.environment, **SITE, **site},
         cwd="/",
         capture_output=True,
