@@ -30,7 +30,7 @@ BALLAST = Path(sys.executable).parent / "ballast"  # not on the path where a vir
 SECRET = uuid.uuid4().hex
 API_KEY = f"key-{uuid.uuid4().hex}"
 COLLECTION = "documents"  # as in the shipped prefect.yaml
-PATIENCE_S = 240.0  # for a whole ingest, on a machine with other work
+PATIENCE_S = 600.0  # for a whole ingest, on a machine with other work
 # By the closed form for MiniLM in fp32 one node of 128 tokens needs 35.7 million bytes: what is longer spills.
 DEVICE_BYTES = 35_800_000
 
