@@ -1,6 +1,5 @@
 """One Prefect server for all tests of this folder; each uses names of its own."""
 
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,18 +24,10 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect
 
 
 @pytest.fixture
-def shared_api(prefect_server: PrefectServer) -> Iterator[PrefectServer]:
-    """The server is the configured one, in this process and all its threads."""
-    from prefect.context import refresh_global_settings_context
+def shared_api(prefect_server: PrefectServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[PrefectServer]:
+    """The server is the configured one, in this process and all its threads, whatever another test's fixture configured."""
+    from flows.api_server import EMBEDDED_API, route_client
 
-    before = os.environ.get("PREFECT_API_URL")
-    os.environ["PREFECT_API_URL"] = prefect_server.url
-    refresh_global_settings_context()
-    try:
+    with route_client(prefect_server.url):
+        monkeypatch.delenv(EMBEDDED_API)  # others may ask this one
         yield prefect_server
-    finally:
-        if before is None:
-            del os.environ["PREFECT_API_URL"]
-        else:
-            os.environ["PREFECT_API_URL"] = before
-        refresh_global_settings_context()
