@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -14,6 +14,8 @@ from tasks.tables import GIB, MIB, format_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+Drawn = TypeVar("Drawn", MemoryReading, BudgetMark)
 
 # Wide enough for the column that the UI gives a report (690 pixels), small enough for a row of its database.
 WIDTH_IN, HEIGHT_IN, DPI = 8.0, 5.2, 110
@@ -81,7 +83,18 @@ def draw_memory(summary: RunSummary) -> bytes | None:
         axis.grid(color=FAINT, alpha=0.18, linewidth=0.6)
         # Below the axis and its labels, clear of every line.
         below = -0.30 if axis is axes[-1] else -0.12
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, below), ncols=4, fontsize=7, frameon=False, labelcolor=INK)
+        handles, labels = axis.get_legend_handles_labels()
+        named = dict(zip(labels, handles, strict=True))  # once, however many workers
+        axis.legend(
+            named.values(),
+            named.keys(),
+            loc="upper center",
+            bbox_to_anchor=(0.5, below),
+            ncols=4,
+            fontsize=7,
+            frameon=False,
+            labelcolor=INK,
+        )
     axes[-1].set_xlabel("seconds since the device was ready", color=INK, fontsize=8)
     return _to_png(canvas)
 
@@ -105,18 +118,21 @@ def _draw_readings(axis: Axes, series: Sequence[MemoryReading], device: str) -> 
     unit, scale = _choose_unit(max(reading.used_bytes for reading in series))
     top = 0.0
     for name, readings in by_device.items():
-        at = [reading.seconds for reading in readings]
-        used = [reading.used_bytes / scale for reading in readings]
         total = max(reading.total_bytes for reading in readings) / scale
         where = "" if len(by_device) == 1 else f", {name[:12]}"
-        axis.fill_between(at, used, color=USED, alpha=0.55, linewidth=0)
-        axis.plot(at, used, color=USED, linewidth=1.2, label=f"used by all{where}")
-        ours = [(r.seconds, r.process_bytes / scale) for r in readings if r.process_bytes is not None]
-        if ours:
-            axis.plot(*zip(*ours, strict=True), color=OURS, linewidth=1.6, label=f"used by this run{where}")
-        top = max(top, *used)
+        for own in _split_by_worker(readings):
+            at = [reading.seconds for reading in own]
+            used = [reading.used_bytes / scale for reading in own]
+            axis.fill_between(at, used, color=USED, alpha=0.55, linewidth=0)
+            axis.plot(at, used, color=USED, linewidth=1.2, label=f"used by all{where}")
+            ours = [(r.seconds, r.process_bytes / scale) for r in own if r.process_bytes is not None]
+            if ours:
+                label = f"used by this run{where}"
+                axis.plot(*zip(*ours, strict=True), color=OURS, linewidth=1.6, label=label)
+        most = max(reading.used_bytes for reading in readings) / scale
+        top = max(top, most)
         # A total far above all that was used would press the course flat: then it is told, not drawn.
-        if total <= 3 * max(used):
+        if total <= 3 * most:
             axis.axhline(total, color=FAINT, linewidth=1, linestyle=(0, (4, 3)), label=f"in all: {total:,.1f} {unit}")
             top = max(top, total)
         else:
@@ -140,13 +156,19 @@ def _draw_budget(axis: Axes, marks: Sequence[BudgetMark], end_s: float) -> None:
     # A budget of gigabytes over micro-batches of megabytes: what they took is what there is to see.
     is_far = bool(needs) and min(known) > 20 * max(needs)
     unit, scale = _choose_unit(max(needs) if is_far else max(known))
-    at = [*(mark.seconds for mark in marks), 1.01 * end_s]
+    workers = _split_by_worker(marks)
+    # A worker's last mark holds to the end of the picture, unless others came after it.
+    courses = [
+        [*(mark.seconds for mark in own), 1.01 * end_s if len(workers) == 1 else own[-1].seconds] for own in workers
+    ]
     if is_far:
         label = f"budget of a micro-batch: {format_bytes(min(known))} or more, far above"
         axis.plot([], [], color=BUDGET, linewidth=1.6, label=label)
     else:
-        steps = [mark.budget_bytes / scale for mark in marks]
-        axis.step(at, [*steps, steps[-1]], where="post", color=BUDGET, linewidth=1.6, label="budget of a micro-batch")
+        axis.plot([], [], color=BUDGET, linewidth=1.6, label="budget of a micro-batch")
+        for at, own in zip(courses, workers, strict=True):
+            steps = [mark.budget_bytes / scale for mark in own]
+            axis.step(at, [*steps, steps[-1]], where="post", color=BUDGET, linewidth=1.6)
     for needed, colour, label in (
         ([(m.seconds, m.predicted_bytes) for m in marks], PREDICTED, "predicted need"),
         ([(m.seconds, m.peak_bytes) for m in marks], PEAK, "measured peak"),
@@ -158,14 +180,23 @@ def _draw_budget(axis: Axes, marks: Sequence[BudgetMark], end_s: float) -> None:
     axis.set_ylabel(f"{unit}, on top of the weights", color=INK, fontsize=8)
     axis.set_title("Micro-batches: budget, need and size", loc="left", color=INK, fontsize=9)
     batches = axis.twinx()
-    sizes = [float(mark.batch_nodes) for mark in marks]
-    batches.step(at, [*sizes, sizes[-1]], where="post", color=BATCH, linewidth=0.8, alpha=0.5)
-    batches.set_ylim(0, 1.15 * max(sizes) or 1.0)
+    for at, own in zip(courses, workers, strict=True):
+        sizes = [float(mark.batch_nodes) for mark in own]
+        batches.step(at, [*sizes, sizes[-1]], where="post", color=BATCH, linewidth=0.8, alpha=0.5)
+    batches.set_ylim(0, 1.15 * max(mark.batch_nodes for mark in marks) or 1.0)
     batches.set_ylabel("nodes in a micro-batch", color=BATCH, fontsize=8)
     _dress(batches)
     axis.plot([], [], color=BATCH, linewidth=0.9, label="nodes in a micro-batch (right)")
     axis.set_zorder(batches.get_zorder() + 1)
     axis.patch.set_visible(False)
+
+
+def _split_by_worker(each_one: Sequence[Drawn]) -> Sequence[Sequence[Drawn]]:
+    """In the order in which the workers' runs began: a line through several of them would jump to and fro."""
+    found: dict[int, list[Drawn]] = {}
+    for each in each_one:
+        found.setdefault(each.worker, []).append(each)
+    return list(found.values())
 
 
 def _draw_steps(axes: Sequence[Axes], marks: Sequence[BudgetMark]) -> None:

@@ -258,6 +258,7 @@ class MemoryReading:
     free_bytes: int
     total_bytes: int
     process_bytes: int | None  # by this process and its children; None where the driver does not say
+    worker: int = 0  # which run's, where those of several workers are shown together
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,6 +274,7 @@ class BudgetMark:
     predicted_bytes: int | None = None  # of one of its micro-batches, the first, on top of the weights
     peak_bytes: int | None = None  # what that took; None where the device does not tell (CPU)
     step: StepKind | None = None
+    worker: int = 0
 
 
 # ---------------------------------------------------------------------------------------------- embedding

@@ -238,7 +238,8 @@ def tabulate_memory(
     ]
     rows: list[tuple[Value, ...]] = []
     for reading in thin_series(series, limit):
-        in_force = (mark for mark in marks if mark.step is None and mark.seconds <= reading.seconds)
+        own = (mark for mark in marks if mark.worker == reading.worker)
+        in_force = (mark for mark in own if mark.step is None and mark.seconds <= reading.seconds)
         mark = max(in_force, key=lambda m: m.seconds, default=None)
         rows.append(
             (

@@ -237,6 +237,15 @@ def put_on_one_clock(
     signs: Sequence[tuple[float, SignOfLife]],
 ) -> tuple[Sequence[MemoryReading], Sequence[BudgetMark]]:
     """The readings and marks of several workers' runs, each given with the second at which it began."""
-    readings = [replace(each, seconds=each.seconds + start) for start, sign in signs for each in sign.readings]
-    marks = [replace(each, seconds=each.seconds + start) for start, sign in signs for each in sign.marks]
+    numbered = [(number, start, sign) for number, (start, sign) in enumerate(signs)]
+    readings = [
+        replace(each, seconds=each.seconds + start, worker=number)
+        for number, start, sign in numbered
+        for each in sign.readings
+    ]
+    marks = [
+        replace(each, seconds=each.seconds + start, worker=number)
+        for number, start, sign in numbered
+        for each in sign.marks
+    ]
     return sorted(readings, key=lambda each: each.seconds), sorted(marks, key=lambda each: each.seconds)

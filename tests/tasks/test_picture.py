@@ -14,6 +14,7 @@ from PIL import Image
 
 from tasks.picture import STEP_COLOURS, STEP_NAMES, draw_memory, explain_no_picture, to_data_url
 from tasks.records import Books, BudgetMark, MemoryReading, RunSummary, StepKind
+from tasks.report import tabulate_memory
 
 GIB = 1024**3
 MIB = 1024**2
@@ -74,6 +75,20 @@ def test_it_draws_what_is_known(series: list[MemoryReading], marks: list[BudgetM
     picture = open_png(draw_memory(replace(EMPTY, memory_series=series, budget_series=marks)))
     assert picture.width >= 690, "the UI's column"
     assert picture.getpixel((0, 0)) == pytest.approx((251, 251, 253), abs=4), "a paper of its own: dark pages, too"
+
+
+def test_each_worker_has_a_line_of_its_own() -> None:
+    """Two cards, one with half the other's memory: a line through both would cross the picture at every reading."""
+    small = [replace(mark, budget_bytes=4 * GIB, batch_nodes=1, seconds=mark.seconds + 0.5, worker=1) for mark in MARKS]
+    large = [replace(mark, batch_nodes=64) for mark in MARKS]
+    readings = [replace(reading, used_bytes=12 * GIB, worker=1) for reading in GPU]
+    both = sorted([*large, *small], key=lambda mark: mark.seconds)
+    split = replace(EMPTY, memory_series=[*GPU, *readings], budget_series=both)
+    joined = replace(split, budget_series=[replace(mark, worker=0) for mark in both])
+    apart, across = (count_pixels(open_png(draw_memory(each)), "#d9822b") for each in (split, joined))
+    assert 0 < 3 * apart < across
+    rows = tabulate_memory([GPU[2], readings[2]], both).rows
+    assert [row[-2:] for row in rows] == [(8 * GIB, 64), (4 * GIB, 1)]
 
 
 def test_nothing_known_gives_no_picture_and_a_sentence() -> None:

@@ -174,8 +174,8 @@ class Site:
         path.write_text(yaml.safe_dump(file, sort_keys=False))
         return path
 
-    def set_up(self) -> dict[str, Any]:
-        ended = self.run(str(BALLAST), "setup", "--json", "--prefect-file", str(self.write_prefect_file()))
+    def set_up(self, **settings: Any) -> dict[str, Any]:
+        ended = self.run(str(BALLAST), "setup", "--json", "--prefect-file", str(self.write_prefect_file(**settings)))
         found: dict[str, Any] = json.loads(ended.stdout)
         return found
 

@@ -420,7 +420,7 @@ def test_signs_of_several_workers_are_put_on_one_clock() -> None:
         )
 
     readings, marks = put_on_one_clock([(10.0, sign(0.0, 30.0)), (5.0, sign(1.0))])
-    assert [each.seconds for each in readings] == [6.0, 10.0, 40.0]
-    assert [each.seconds for each in marks] == [5.0, 10.0]
+    assert [(each.seconds, each.worker) for each in readings] == [(6.0, 1), (10.0, 0), (40.0, 0)]
+    assert [(each.seconds, each.worker) for each in marks] == [(5.0, 1), (10.0, 0)]
     assert put_on_one_clock([]) == ([], [])
     assert PoolDevices("").memory_series == ()
