@@ -27,7 +27,7 @@ demo: $(READY) ## Ingest the sample documents into an embedded Qdrant and search
 	$(BIN)/ballast search "How long must a ballast tank be ventilated before somebody enters it?" --collection demo --data-folder .ballast/demo --limit 3
 
 test: $(READY) lint ## Lint, type-check and run every test
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY) ## Style and types
 	$(BIN)/ruff check .

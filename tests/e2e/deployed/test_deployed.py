@@ -123,7 +123,7 @@ def test_two_triggers_of_one_collection_dont_overlap(site: Site, first: dict[str
 
 
 def test_a_killed_worker_and_a_restarted_server_lose_nothing(site: Site, first: dict[str, Any]) -> None:
-    site.write_documents(30, words=40, prefix="tug")
+    site.write_documents(60, words=6, prefix="tug")  # short: the CPU pool has had its turn
     before = {worker["id"] for worker in site.list_runs("embed-partitions")}
     run_id = site.trigger({}, delivery="third")
 
@@ -142,16 +142,16 @@ def test_a_killed_worker_and_a_restarted_server_lose_nothing(site: Site, first: 
     run = site.wait_for_run(run_id)
     assert run["state_type"] == "COMPLETED", (run["state"]["message"], site.read_logs(["ingest-pool", "gpu-pool-2"]))
     rows = json.loads(site.list_artifacts(run_id)["books-documents"]["data"])
-    assert rows[0]["written"] == "30"
+    assert rows[0]["written"] == "60"
     assert int(rows[1]["planned"]) == int(rows[1]["GPU"]) + int(rows[1]["CPU"])
-    assert site.count_points("tug-029.md") > 0
+    assert site.count_points("tug-059.md") > 0
     assert site.read_run(victim)["state_type"] in ("CRASHED", "CANCELLED", "CANCELLING")
     spool = Path(site.folder / "spool")
     assert list(spool.rglob("partition-*")) == []
 
 
 def test_a_killed_coordinator_is_followed_up_by_the_next_run(site: Site, first: dict[str, Any]) -> None:
-    site.write_documents(20, words=40, prefix="ferry")
+    site.write_documents(60, words=6, prefix="ferry")
     before = {worker["id"] for worker in site.list_runs("embed-partitions")}
     run_id = site.trigger({}, delivery="fourth")
     site.wait_until(
@@ -168,6 +168,6 @@ def test_a_killed_coordinator_is_followed_up_by_the_next_run(site: Site, first: 
     site.start_worker("ingest-pool", "ingest-pool-2")
     follower = site.wait_for_run(site.trigger({}, delivery="fifth"))
     assert follower["state_type"] == "COMPLETED", (follower["state"]["message"], site.read_logs(["ingest-pool-2"]))
-    assert site.count_points("ferry-019.md") > 0
+    assert site.count_points("ferry-059.md") > 0
     rows = json.loads(site.list_artifacts(follower["id"])["books-documents"]["data"])
     assert int(rows[0]["seen"]) == len(list(site.documents.iterdir()))
