@@ -10,7 +10,8 @@ from prefect.cache_policies import NO_CACHE
 
 from tasks.backends.qdrant_connection import load_client
 from tasks.config import IngestSettings
-from tasks.engine.ingest_run import IngestRun, open_run
+from tasks.engine.ingest_run import IngestRun
+from tasks.engine.open_run import open_run
 from tasks.pool_runs import PoolRuns
 from tasks.secrets import read_environment
 from tasks.server_calls import ask_server

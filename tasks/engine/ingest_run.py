@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.backends.model_files import resolve_model
-from tasks.backends.qdrant import open_store
 from tasks.backends.readers import hash_content
 from tasks.backends.sampler import Sampler
-from tasks.backends.sources import Source, open_source
+from tasks.backends.sources import Source
 from tasks.backends.spool import SpoolFolder
 from tasks.config import IngestSettings
 from tasks.engine.chunk import ChunkSpec, count_workers, iter_chunked
@@ -28,20 +25,15 @@ from tasks.engine.commit import Committer, Settled, get_now
 from tasks.engine.devices import Devices, start_devices, start_sampler
 from tasks.engine.embedded import MISSING, ON_CPU, ON_DEVICE, Embedded
 from tasks.engine.fill_partitions import Progress, fill_partitions, select_new_nodes
-from tasks.engine.fingerprint import describe_recipe, find_tokenizer, make_chunk_spec
 from tasks.engine.patience import STOPPED
 from tasks.engine.select_changed import ChangeSelector
-from tasks.engine.shared_partitions import PoolDevices, SharedPartitions, check_shared, start_pools
+from tasks.engine.shared_partitions import PoolDevices, SharedPartitions
 from tasks.errors import BooksDontClose, RunStopped, SpoolError, StoreRejected
-from tasks.observe import Observer, current_observer
+from tasks.observe import Observer
 from tasks.policy.books import Ledgerbook
-from tasks.policy.changed_paths import require_changed_paths
-from tasks.policy.identity import compute_fingerprint
 from tasks.policy.partitions import MIN_PARTITION_TOKENS, PartitionBuilder, choose_partition_tokens
-from tasks.policy.whole_run import explain_whole_run
 from tasks.records import (
     Books,
-    LedgerRecord,
     MemoryReading,
     ModelFiles,
     Node,
@@ -91,7 +83,7 @@ class IngestRun:
         self.physical = collection.physical
         self.fingerprint = spec.fingerprint
         self.observer = observer
-        self.spool = _open_spool(settings, collection)
+        self.spool = open_spool(settings, collection)
         self.spool.lock(f"{settings.qdrant.collection!r} from {source.name}")
         self.books = Ledgerbook()
         self.notes: list[str] = []
@@ -415,93 +407,11 @@ class IngestRun:
         )
 
 
-def open_run(
-    settings: IngestSettings,
-    environment: Mapping[str, str] | None = None,
-    *,
-    changed: Sequence[str] | None = None,
-    stop: threading.Event | None = None,
-    chunk_workers: int | None = None,
-    start: StartDevices | None = None,
-) -> IngestRun:
-    """Everything that can be refused is refused here, before a model is loaded: source, model files, collection.
-
-    `changed`: doc ids that a trigger named; only these are looked at, unless only a whole run can end green: a note says so.
-    `stop`, once set by anybody, ends the run.
-    Raises SourceError, ModelError, ConfigError, StoreMismatch, StoreLocked, StoreUnavailable.
-    """
-    started = time.monotonic()
-    observer = current_observer.get()
-    observer.stage("source", settings.source.uri)
-    paths = None if changed is None else require_changed_paths(changed)
-    source = open_source(settings.source, leave_out=settings.own_folders, changed=paths)
-    observer.stage("model", settings.embedding.model)
-    files = resolve_model(settings.embedding.model, settings.embedding.revision)
-    tokenizer_file = find_tokenizer(files, settings.data_folder)
-    recipe = describe_recipe(settings, files, tokenizer_file)
-    fingerprint = compute_fingerprint(recipe)
-    spec = make_chunk_spec(settings, files, tokenizer_file, fingerprint, source.key)
-    observer.stage("collection", settings.qdrant.collection)
-    stop = stop or threading.Event()
-    store = open_store(settings.qdrant, settings.data_folder, environment=environment or os.environ)
-    try:
-        if settings.pools.enabled:
-            check_shared(settings, is_embedded=store.is_embedded)
-        collection = RunCollection(
-            store, settings.qdrant, files, fingerprint, source.key, recipe=recipe, stop=stop, note=observer.note
-        )
-        mark = collection.read_mark() if paths else None
-        why_whole = _explain_whole_run(settings, collection, mark) if paths else ""
-        if why_whole:
-            source = open_source(settings.source, leave_out=settings.own_folders)
-        run = IngestRun(
-            settings,
-            files,
-            source,
-            collection,
-            spec,
-            observer,
-            stop,
-            chunk_workers=chunk_workers,
-            start=start or (start_pools if settings.pools.enabled else start_devices),
-            started=started,
-        )
-    except BaseException:
-        store.close()
-        raise
-    try:
-        if why_whole:
-            run.tell(f"the whole source is ingested, not {_count_paths(paths)}: {why_whole}")
-        elif collection.plan.is_rebuild:
-            run.tell(collection.plan.reason)
-        if source.changed is not None:
-            run.tell(f"{_count_paths(paths)} looked at, not the whole source.")
-            collection.begin_changed(mark)
-        run.store_leftovers()
-    except BaseException:
-        run.close()
-        raise
-    return run
-
-
-def _open_spool(settings: IngestSettings, collection: RunCollection) -> SpoolFolder:
+def open_spool(settings: IngestSettings, collection: RunCollection) -> SpoolFolder:
     """A folder a source: another one may be ingested into the same collection at the same time."""
     source_part = hashlib.sha256(collection.source.encode("utf-8", "surrogatepass")).hexdigest()[:12]
     spool = settings.spool or f"{settings.data_folder}/spool"
     return SpoolFolder(f"{spool}/{collection.physical}/{source_part}")
-
-
-def _explain_whole_run(settings: IngestSettings, collection: RunCollection, mark: LedgerRecord | None) -> str:
-    plan = collection.plan
-    return explain_whole_run(
-        mark,
-        rebuild_reason=plan.reason if plan.is_rebuild else "",
-        has_leftovers=_open_spool(settings, collection).has_embedded(),
-    )
-
-
-def _count_paths(paths: Sequence[str] | None) -> str:
-    return "1 changed path" if paths is not None and len(paths) == 1 else f"{len(paths or ())} changed paths"
 
 
 def refuse_open_books(off: Sequence[str]) -> None:

@@ -213,7 +213,8 @@ def make_lists(values: dict[str, Any]) -> None:
 def run_unchanged(values: dict[str, Any]) -> Unchanged:
     """The engine's stages, one after the other; in a process of its own."""
     from tasks.config import IngestSettings
-    from tasks.engine.ingest_run import open_run, refuse_open_books
+    from tasks.engine.ingest_run import refuse_open_books
+    from tasks.engine.open_run import open_run
     from tasks.observe import SilentObserver, observing
 
     class Clock(SilentObserver):

@@ -21,7 +21,7 @@ from unittest.mock import patch
 
 from tasks.backends.fake_encoder import FakeEncoder
 from tasks.config import IngestSettings
-from tasks.engine import ingest_run
+from tasks.engine import open_run
 from tasks.engine.devices import Devices, make_pool
 from tasks.engine.embed_nodes import NodeEmbedder
 from tasks.engine.embedded import EmbedSettings
@@ -87,7 +87,7 @@ def main() -> None:
 
         encoder = SleepingEncoder(dimension=384, max_tokens=256)
         with (
-            patch.object(ingest_run, "start_devices", start_sleeping(encoder)),
+            patch.object(open_run, "start_devices", start_sleeping(encoder)),
             embedded_api(Path(scratch) / "api"),
         ):
             from flows.ingest import ingest

@@ -113,9 +113,7 @@ def test_retrieval_is_as_good_as_brute_force_with_the_plain_model(
     plain = SentenceTransformer(minilm, device="cpu")
     points, offset = [], None
     while True:
-        page, offset = store._client.scroll(
-            summary.physical_collection, limit=1000, offset=offset, with_vectors=True
-        )
+        page, offset = store._client.scroll(summary.physical_collection, limit=1000, offset=offset, with_vectors=True)
         points.extend(page)
         if offset is None:
             break

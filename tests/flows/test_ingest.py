@@ -233,7 +233,7 @@ def test_a_step_down_shows_on_the_runs_page(tmp_path: Path, minilm: str, monkeyp
     from tasks.engine.devices import Devices, make_pool
     from tasks.engine.embed_nodes import NodeEmbedder
     from tasks.engine.embedded import EmbedSettings
-    from tasks.engine.ingest_run import open_run
+    from tasks.engine.open_run import open_run
     from tasks.policy.memory import MemoryModel
     from tasks.policy.memory_fit import start_fit
 

@@ -22,8 +22,8 @@ from tasks.backends.process_encoder import ProcessEncoder
 from tasks.config import IngestSettings
 from tasks.engine.devices import Devices, make_pool, make_spec
 from tasks.engine.embed_nodes import NodeEmbedder
-from tasks.engine.ingest_run import open_run
 from tasks.engine.measure_device import measure_device, to_embed_settings
+from tasks.engine.open_run import open_run
 from tasks.metrics import start_metrics
 from tasks.observe import Observer, observing
 from tasks.records import BatchOutcome, ModelFiles, TokenIds

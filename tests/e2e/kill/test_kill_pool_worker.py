@@ -27,8 +27,9 @@ from tasks.engine.cpu_pool import CpuPool
 from tasks.engine.devices import Devices
 from tasks.engine.embed_nodes import NodeEmbedder
 from tasks.engine.embedded import EmbedSettings
-from tasks.engine.ingest_run import StartDevices, open_run
+from tasks.engine.ingest_run import StartDevices
 from tasks.engine.measure_device import MeasuredDevice
+from tasks.engine.open_run import open_run
 from tasks.errors import BallastError
 from tasks.observe import Observer
 from tasks.policy.memory import MemoryModel

@@ -42,8 +42,9 @@ from tasks.engine.cpu_pool import CpuPool
 from tasks.engine.devices import Devices
 from tasks.engine.embed_nodes import NodeEmbedder
 from tasks.engine.embedded import EmbedSettings
-from tasks.engine.ingest_run import IngestRun, open_run
+from tasks.engine.ingest_run import IngestRun
 from tasks.engine.measure_device import MeasuredDevice
+from tasks.engine.open_run import open_run
 from tasks.observe import Observer
 from tasks.policy.memory import MemoryModel
 from tasks.policy.memory_fit import start_fit

@@ -18,7 +18,8 @@ from tasks.engine.calibrate import derive_encoder_prior
 from tasks.engine.devices import Devices
 from tasks.engine.embed_nodes import NodeEmbedder
 from tasks.engine.embedded import EmbedSettings
-from tasks.engine.ingest_run import IngestRun, open_run
+from tasks.engine.ingest_run import IngestRun
+from tasks.engine.open_run import open_run
 from tasks.errors import StoreUnavailable
 from tasks.observe import Observer
 from tasks.policy.memory_fit import start_fit

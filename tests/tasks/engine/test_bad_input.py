@@ -25,7 +25,7 @@ from reportlab.pdfgen.canvas import Canvas
 
 from tasks.backends.qdrant import open_store
 from tasks.config import IngestSettings
-from tasks.engine.ingest_run import open_run
+from tasks.engine.open_run import open_run
 from tasks.records import Rejection, RunSummary, SearchHit
 
 ROOT = Path(__file__).resolve().parents[3]

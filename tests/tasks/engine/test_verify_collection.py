@@ -27,7 +27,7 @@ from tasks.config import IngestSettings, QdrantSettings
 from tasks.engine.devices import Devices
 from tasks.engine.embed_nodes import NodeEmbedder
 from tasks.engine.embedded import EmbedSettings
-from tasks.engine.ingest_run import open_run
+from tasks.engine.open_run import open_run
 from tasks.engine.repair_collection import repair_collection
 from tasks.engine.verify_collection import inspect_collection, make_report
 from tasks.errors import StoreMismatch, StoreMissing
