@@ -111,19 +111,9 @@ class Site:
         worker = name or pool
         # Two coordinators at a time, or the worker itself would keep runs apart; one embeds at a time, as on a GPU.
         limit = "2" if pool == "ingest-pool" else "1"
-        command = [
-            sys.executable,
-            "-m",
-            "prefect",
-            "worker",
-            "start",
-            "--pool",
-            pool,
-            "--limit",
-            limit,
-            "--name",
-            worker,
-        ]
+        # With its type it needs no server to start.
+        start = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process"]
+        command = [*start, "--limit", limit, "--name", worker]
         return self.start(worker, *command, without="QDRANT_API_KEY", PREFECT_HOME=str(self.folder / worker))
 
     def start_receiver(self) -> None:
