@@ -19,7 +19,13 @@ if find_spec("hypothesis") and os.environ.get("CI"):
     settings.load_profile("ci")
 
 ROOT = Path(__file__).resolve().parents[1]
-# A minute each and more. Begun last, one of them would be waited for by all the other cores.
+# What starts Prefect servers comes after all that does not: they stay until the end, and an idle one takes a twentieth of
+# a core.
+SERVERS = tuple(
+    ROOT / "tests" / name
+    for name in ("benchmarks", "deployments", "e2e", "flows", "tasks/test_publish.py", "tasks/test_server_calls.py")
+)
+# Of those the files of a minute and more begin first: the last to begin is waited for by all the other cores.
 LONGEST_FIRST = (
     "tests/e2e/deployed/test_deployed.py",
     "tests/flows/test_pool_stages.py",
@@ -40,10 +46,16 @@ LONGEST_FIRST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first; the others stay as they are."""
+    """The order of the files; within each, tests stay as they are."""
     assert all((ROOT / name).is_file() for name in LONGEST_FIRST), "LONGEST_FIRST names a file that is gone"
     places = {ROOT / name: place for place, name in enumerate(LONGEST_FIRST)}
-    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+    def place(item: pytest.Item) -> int:
+        if item.path in places:
+            return places[item.path]
+        return len(places) if any(item.path.is_relative_to(server) for server in SERVERS) else -1
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")
