@@ -34,13 +34,14 @@ lint: $(READY) ## Style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY) ## Measure against a plain LlamaIndex pipeline, second runs, upserts, memory and webhooks: half an hour
+bench: $(READY) ## Measure against a plain LlamaIndex pipeline, second runs, upserts, memory, pools and webhooks: an hour
 	$(BIN)/python tests/benchmarks/ingest_against_llama_index.py
 	$(BIN)/python tests/benchmarks/orchestration.py
 	$(BIN)/python tests/benchmarks/plan_nodes.py
 	$(BIN)/python tests/benchmarks/incremental.py
 	$(BIN)/python tests/benchmarks/upsert_rate.py
 	$(BIN)/python tests/benchmarks/memory_growth.py
+	$(BIN)/python tests/benchmarks/pool_start_up.py
 	$(BIN)/python tests/benchmarks/webhook_load.py
 
 lock: $(READY) ## Write requirements.lock anew from pyproject.toml
