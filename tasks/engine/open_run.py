@@ -32,7 +32,7 @@ def open_run(
     chunk_workers: int | None = None,
     start: StartDevices | None = None,
 ) -> IngestRun:
-    """Source, model files, collection.
+    """A run whose source, model files and collection are there and fit together; no model is loaded yet.
 
     `changed`: doc ids that a trigger named; only these are looked at, unless only a whole run can end green: a note says so.
     `stop`, once set by anybody, ends the run.

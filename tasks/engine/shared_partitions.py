@@ -237,15 +237,14 @@ def put_on_one_clock(
     signs: Sequence[tuple[float, SignOfLife]],
 ) -> tuple[Sequence[MemoryReading], Sequence[BudgetMark]]:
     """The readings and marks of several workers' runs, each given with the second at which it began."""
-    numbered = [(number, start, sign) for number, (start, sign) in enumerate(signs)]
     readings = [
         replace(each, seconds=each.seconds + start, worker=number)
-        for number, start, sign in numbered
+        for number, (start, sign) in enumerate(signs)
         for each in sign.readings
     ]
     marks = [
         replace(each, seconds=each.seconds + start, worker=number)
-        for number, start, sign in numbered
+        for number, (start, sign) in enumerate(signs)
         for each in sign.marks
     ]
     return sorted(readings, key=lambda each: each.seconds), sorted(marks, key=lambda each: each.seconds)

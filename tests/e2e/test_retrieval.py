@@ -60,11 +60,6 @@ def rank_documents(doc_ids: list[str], scores: NDArray[np.float32]) -> list[str]
     return list(ranked)
 
 
-def read_vector(point: Any) -> list[float]:
-    (vector,) = point.vector.values() if isinstance(point.vector, dict) else (point.vector,)
-    return list(vector)
-
-
 def test_the_ranking_documents_take_their_best_node() -> None:
     scores = np.array([0.1, 0.9, 0.5, 0.8], np.float32)
     assert rank_documents(["a", "b", "a", "c"], scores) == ["b", "c", "a"]
@@ -121,7 +116,7 @@ def test_retrieval_is_as_good_as_brute_force_with_the_plain_model(
     doc_ids = [point.payload["doc_id"] for point in points]
     texts = [node.get_content(MetadataMode.EMBED) for node in nodes]
     assert max(len(plain.tokenizer(text)["input_ids"]) for text in texts) <= 256
-    reference = np.array([read_vector(point) for point in points], np.float32)
+    reference = np.array([point.vector["text-dense"] for point in points], np.float32)
     again = np.arange(0, len(texts), PLAIN_EVERY)
     embedded = plain.encode([texts[row] for row in again], batch_size=32, normalize_embeddings=True)
     assert (embedded * reference[again]).sum(axis=1).min() > 0.9999
